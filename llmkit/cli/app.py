@@ -1,0 +1,148 @@
+"""The commands. Nothing heavy is imported before a command runs, so that `--help` answers at once."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from llmkit import __version__
+from llmkit.cli import options
+
+app = typer.Typer(
+    name="llmkit",
+    help="Train, freeze, fine-tune, evaluate and export transformer models from one recipe.",
+    invoke_without_command=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+_STAGE_HELP = {
+    "run": "Run all stages of a recipe; what did not change is not run again.",
+    "preprocess": "Turn rows into a tokenised corpus, split into training and held-out data.",
+    "pretrain": "Learn from plain text, from scratch or on from pretrained weights.",
+    "freeze": "Decide which parameters stand still, and show what that saves.",
+    "finetune": "Learn a task with a lowered learning rate.",
+    "evaluate": "Score a model and its parent on held-out data.",
+    "export": "Write the model for use elsewhere, load it back and compare.",
+}
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        sys.stdout.write(f"llmkit {__version__}\n")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    if context.invoked_subcommand is None:
+        sys.stdout.write(context.get_help() + "\n")
+
+
+def _add_stage_command(name: str) -> None:
+    @app.command(name, help=_STAGE_HELP[name])
+    def command(
+        recipe: options.RecipeFile = None,
+        model: options.Model = None,
+        data: options.Data = None,
+        eval_data: options.EvalData = None,
+        task: options.Task = None,
+        out: options.Out = None,
+        set_: options.Set = None,
+        seed: options.Seed = None,
+        resume: options.Resume = True,
+        dry_run: options.DryRun = False,
+        as_json: options.Json = False,
+        quiet: options.Quiet = False,
+        verbose: options.Verbose = False,
+    ) -> None:
+        from llmkit.cli.recipes import Flags
+        from llmkit.cli.stages import StageCommand
+
+        flags = Flags(recipe, model, data, eval_data, task, out, tuple(set_ or ()), seed)
+        StageCommand(name, flags, resume=resume, as_json=as_json, quiet=quiet, verbose=verbose).execute(dry_run=dry_run)
+
+
+for _name in _STAGE_HELP:
+    _add_stage_command(_name)
+
+
+@app.command(help="Show what the model will see: how rows are understood, tokens, and which of them are supervised.")
+def inspect(
+    recipe: options.RecipeFile = None,
+    model: options.Model = None,
+    data: options.Data = None,
+    task: options.Task = None,
+    set_: options.Set = None,
+    examples: Annotated[int, typer.Option("--examples", "-n", min=0, help="Examples to show token by token")] = 1,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
+) -> None:
+    from llmkit.cli.inspect import inspect_command
+    from llmkit.cli.recipes import Flags
+
+    flags = Flags(recipe, model, data, None, task, None, tuple(set_ or ()), None)
+    inspect_command(flags, examples=examples, as_json=as_json, quiet=quiet, verbose=verbose)
+
+
+@app.command(help="Answer a prompt, given as an argument or on standard input, through the model's chat template.")
+def generate(
+    model: Annotated[str, typer.Argument(help="A model's URI or a run directory")],
+    prompt: Annotated[str | None, typer.Argument(help="The prompt; standard input when absent")] = None,
+    system: Annotated[str | None, typer.Option("--system", help="A system message before the prompt")] = None,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Tokens to write at most")] = 256,
+    temperature: Annotated[float, typer.Option("--temperature", min=0.0, help="0 is greedy")] = 0.0,
+    top_p: Annotated[
+        float, typer.Option("--top-p", min=0.0, max=1.0, help="With a temperature: nucleus sampling")
+    ] = 1.0,
+    raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it is, without the chat template")] = False,
+    seed: options.Seed = None,
+    as_json: options.Json = False,
+    verbose: options.Verbose = False,
+) -> None:
+    from llmkit.cli.generate import Sampling, generate_command
+
+    sampling = Sampling(max_new_tokens, temperature, top_p, seed)
+    generate_command(model, prompt, system, sampling, raw=raw, as_json=as_json, verbose=verbose)
+
+
+@app.command(help="Print the JSON schema of a recipe: every key, its type, its default and its meaning.")
+def schema() -> None:
+    from llmkit.cli.output import print_json
+    from llmkit.recipe.schema import Recipe
+
+    print_json(Recipe.model_json_schema())
+
+
+def main() -> None:
+    """The console script: runs a command and exits with its code."""
+    try:
+        code: Any = app(standalone_mode=False)
+    except typer.Abort:
+        code = 130
+    except Exception as error:
+        shown = getattr(error, "format_message", None)
+        if shown is None:
+            raise
+        code = _show_usage_error(shown())
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _show_usage_error(message: str) -> int:
+    """A mistake on the command line that Typer found."""
+    from llmkit.cli.output import show_error
+    from llmkit.errors import UsageError
+
+    error = UsageError(message, hint="`llmkit --help` and `llmkit COMMAND --help` list what there is")
+    show_error(error, as_json="--json" in sys.argv)
+    return error.exit_code

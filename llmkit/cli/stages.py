@@ -1,0 +1,175 @@
+"""The commands that run stages, and how their results look."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+
+from llmkit.cli.console import ConsoleReporter, make_table, standard_error, standard_output
+from llmkit.cli.output import errors_shown, print_json
+from llmkit.cli.recipes import Flags, recipe_from, run_directory
+from llmkit.files import read_json
+from llmkit.recipe.load import dump_recipe
+from llmkit.recipe.schema import Recipe
+from llmkit.run.directory import Run
+from llmkit.run.reporter import Reporter, SilentReporter
+
+_ARTIFACTS = {
+    "preprocess": ("corpus", "preprocess"),
+    "pretrain": ("model", "pretrain/model"),
+    "freeze": ("freeze_plan", "freeze/freeze.json"),
+    "finetune": ("model", "finetune/model"),
+    "evaluate": ("results", "evaluate/results.json"),
+    "export": ("export", "export"),
+}
+
+
+@dataclass(frozen=True)
+class StageCommand:
+    """`llmkit run` or one stage of it."""
+
+    name: str
+    flags: Flags
+    resume: bool
+    as_json: bool
+    quiet: bool
+    verbose: bool
+
+    def execute(self, *, dry_run: bool) -> None:
+        """Runs the command and prints its result. Exits with the code of what went wrong."""
+        started = time.monotonic()
+        lead = int(os.environ.get("RANK", "0")) == 0
+        reporter = make_reporter(quiet=self.quiet or not lead)
+        with errors_shown(as_json=self.as_json and lead):
+            recipe = recipe_from(self.flags, self.name, reporter)
+            path = run_directory(self.flags, recipe)
+        with errors_shown(as_json=self.as_json and lead, run_dir=path):
+            quieten_libraries(verbose=self.verbose)
+            if dry_run:
+                self._dry_run(recipe, path)
+                return
+            run = _open(path, recipe, reporter, lead=lead)
+            try:
+                from llmkit.stages.pipeline import run_stages, stages_for
+
+                run_stages(recipe, run, self._target, resume=self.resume)
+                names = [name for name in stages_for(recipe, self._target) if run.is_done(name)]
+            finally:
+                run.close()
+            if lead:
+                self._show(recipe, run, names, time.monotonic() - started)
+
+    @property
+    def _target(self) -> str | None:
+        return None if self.name == "run" else self.name
+
+    def _dry_run(self, recipe: Recipe, path: Path) -> None:
+        from llmkit.stages.pipeline import decide_all
+
+        known = read_json(path / "run.json") if (path / "run.json").exists() else {"stages": {}, "guesses": {}}
+        decisions = decide_all(recipe, Run(path, known, SilentReporter(), None), self._target, resume=self.resume)
+        if self.as_json:
+            stages = {d.stage: {"runs": d.runs, "why": d.why} for d in decisions}
+            print_json({"status": "dry run", "command": self.name, "run_dir": str(path), "stages": stages})
+            return
+        rows = [(d.stage, "runs" if d.runs else "is skipped", d.why) for d in decisions]
+        standard_output().print(make_table(f"{recipe.name} in {path}", ("stage", "", "why"), rows))
+
+    def _show(self, recipe: Recipe, run: Run, names: list[str], seconds: float) -> None:
+        """The result: what was made, scores, sample answers, what to do next."""
+        metrics = {name: run.stage(name)["metrics"] for name in names}
+        artifacts = {key: str(run.path / place) for key, place in (_ARTIFACTS[name] for name in names)}
+        if self.as_json:
+            own = metrics if self._target is None else metrics.get(self._target, {})
+            print_json(
+                {
+                    "status": "done",
+                    "command": self.name,
+                    "run_dir": str(run.path),
+                    "seconds": round(seconds, 2),
+                    "metrics": own,
+                    "artifacts": artifacts,
+                }
+            )
+            return
+        console = standard_output()
+        if "evaluate" in names and self.name in ("run", "evaluate"):
+            show_results(console, read_json(run.path / "evaluate" / "results.json"))
+        elif self._target in metrics:
+            rows = [(key, value) for key, value in metrics[self._target].items() if value is not None]
+            console.print(make_table(self.name, ("", ""), [(key, _number(value)) for key, value in rows]))
+        console.print(f"\nrun   {run.path}   ({seconds:.0f} s)")
+        if "model" in artifacts or "export" in artifacts:
+            _show_next(console, run, recipe)
+
+
+def make_reporter(*, quiet: bool) -> Reporter:
+    """The reporter of a command."""
+    return SilentReporter() if quiet else ConsoleReporter(standard_error())
+
+
+def quieten_libraries(*, verbose: bool) -> None:
+    """Keeps warnings and progress bars of the libraries off the terminal, unless they are wanted."""
+    if verbose:
+        return
+    import logging
+    import warnings
+
+    from transformers.utils import logging as transformers_logging
+
+    warnings.simplefilter("ignore")
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("accelerate").setLevel(logging.ERROR)
+
+
+def show_results(console: Console, results: dict[str, Any]) -> None:
+    """Scores side by side, then the sample prompts with each model's answer."""
+    other = next((name for name in ("parent", "other") if name in results), None)
+    columns = ["metric"] + ([other] if other else []) + ["model"] + (["change"] if other else [])
+    rows = []
+    for metric, value in results["model"].items():
+        before = [results[other].get(metric)] if other else []
+        change = [f"{value - before[0]:+.4f}"] if before else []
+        rows.append([metric, *(f"{b:.4f}" for b in before), f"{value:.4f}", *change])
+    console.print()
+    console.print(make_table(f"held-out scores over {results['examples']} examples", columns, rows))
+    for sample in results["samples"]:
+        console.print(f"\n[dim]prompt[/]     {escape(_shortened(sample['prompt']))}")
+        console.print(f"[dim]reference[/]  {escape(sample['reference'])}")
+        for name, label in (("parent", "before"), ("other", "other"), ("model", "after" if other else "answer")):
+            if name in sample:
+                console.print(f"[dim]{label:<9}[/]  {escape(sample[name])}")
+
+
+def _show_next(console: Console, run: Run, recipe: Recipe) -> None:
+    """What to type next."""
+    if recipe.task != "classify":
+        raw = "" if recipe.task == "chat" else " --raw"
+        console.print(f'next  llmkit generate {run.path} "your prompt"{raw}')
+    console.print(f"      llmkit run {run.path}     runs only what a change of the recipe or the data touches")
+
+
+def _open(path: Path, recipe: Recipe, reporter: Reporter, *, lead: bool) -> Run:
+    """Opens the run; the processes that only read wait until the first has made it."""
+    if not lead:
+        waited = time.monotonic()
+        while not (path / "run.json").exists() and time.monotonic() - waited < 60:
+            time.sleep(0.1)
+    return Run.open(path, recipe.name, dump_recipe(recipe), reporter, lead=lead)
+
+
+def _shortened(text: str, longest: int = 600) -> str:
+    return text if len(text) <= longest else f"{text[: longest // 2]} ... {text[-longest // 2 :]}"
+
+
+def _number(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:,.4f}" if abs(value) < 1e4 else f"{value:,.0f}"
+    return f"{value:,}" if isinstance(value, int) else str(value)

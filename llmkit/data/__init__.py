@@ -1,0 +1,1 @@
+"""Data: from a URI to canonical rows, and from rows to a tokenised corpus."""

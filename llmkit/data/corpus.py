@@ -1,0 +1,136 @@
+"""The corpus: encoded examples on disk, memory-mapped, with a fingerprint.
+
+A corpus is a folder with `corpus.json` and, for each column, one file of raw values; a ragged column (token ids) also has
+a file of offsets, of shape (N + 1,), so that example i is `values[offsets[i]:offsets[i + 1]]`. Nothing here knows what a
+column means.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llmkit.errors import ArtifactError
+from llmkit.files import digest_files, digest_json, read_json, write_json
+
+FORMAT = 1
+Example = dict[str, Any]  # column -> 1-D array (ragged) or number
+
+
+@dataclass(frozen=True)
+class Column:
+    """The type of one column: `dtype` as NumPy names it; `ragged` when each example has its own length."""
+
+    dtype: str
+    ragged: bool = True
+
+
+class CorpusWriter:
+    """Collects examples and writes them as a corpus. Use `add`, then `finish`."""
+
+    def __init__(self, folder: Path, columns: Mapping[str, Column]) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder = folder
+        self.columns = dict(columns)
+        self._files = {name: (folder / f"{name}.bin").open("wb") for name in columns}
+        self._lengths: dict[str, list[int]] = {name: [] for name, column in columns.items() if column.ragged}
+        self._count = 0
+
+    def add(self, example: Example) -> None:
+        """Appends one example, which must have every column."""
+        for name, column in self.columns.items():
+            values = np.atleast_1d(np.asarray(example[name], dtype=column.dtype))
+            values.tofile(self._files[name])
+            if column.ragged:
+                self._lengths[name].append(len(values))
+        self._count += 1
+
+    def finish(self, meta: Mapping[str, Any]) -> Corpus:
+        """Writes offsets and the manifest, in which `meta` (task, template, counts) is kept, and opens the corpus."""
+        for file in self._files.values():
+            file.close()
+        for name, lengths in self._lengths.items():
+            np.cumsum([0, *lengths], dtype=np.int64).tofile(self.folder / f"{name}.offsets.bin")
+        columns = {name: {"dtype": c.dtype, "ragged": c.ragged} for name, c in self.columns.items()}
+        files = sorted(path for path in self.folder.glob("*.bin"))
+        manifest = {
+            "format": FORMAT,
+            "examples": self._count,
+            "columns": columns,
+            "files": {path.name: path.stat().st_size for path in files},
+            "content": digest_json([columns, digest_files(files), meta.get("identity")]),
+            "meta": dict(meta),
+        }
+        write_json(self.folder / "corpus.json", manifest)
+        return Corpus(self.folder)
+
+
+class Corpus(Sequence[Example]):
+    """A corpus on disk; opening it reads the manifest only. Raises ArtifactError when it is missing or damaged."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        manifest = read_json(folder / "corpus.json")
+        if manifest.get("format") != FORMAT:
+            raise ArtifactError(
+                "a corpus of another llmkit",
+                got=manifest.get("format"),
+                expected=str(FORMAT),
+                hint="run preprocess again",
+            )
+        self.meta: dict[str, Any] = manifest["meta"]
+        self.content: str = manifest["content"]
+        self.columns = {name: Column(**column) for name, column in manifest["columns"].items()}
+        self._count = int(manifest["examples"])
+        sizes: dict[str, int] = manifest["files"]
+        self._values = {n: self._map(f"{n}.bin", column.dtype, sizes) for n, column in self.columns.items()}
+        self._offsets = {
+            n: self._map(f"{n}.offsets.bin", "int64", sizes) for n, column in self.columns.items() if column.ragged
+        }
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: Any) -> Any:
+        """One example; ragged columns are views of the memory map."""
+        if not 0 <= index < self._count:
+            raise IndexError(f"example {index} of a corpus of {self._count}")
+        return {
+            name: values[self._offsets[name][index] : self._offsets[name][index + 1]]
+            if name in self._offsets
+            else values[index].item()
+            for name, values in self._values.items()
+        }
+
+    def __iter__(self) -> Iterator[Example]:
+        return (self[index] for index in range(self._count))
+
+    def lengths(self, column: str) -> np.ndarray:
+        """How many values each example has in a ragged column, shape (N,)."""
+        return np.diff(self._offsets[column])
+
+    def values(self, column: str) -> np.ndarray:
+        """All values of a column, one example after the other."""
+        return self._values[column]
+
+    def _map(self, name: str, dtype: str, sizes: dict[str, int]) -> np.ndarray:
+        path, size = self.folder / name, sizes.get(name)
+        found = path.stat().st_size if path.is_file() else None
+        if size is None or found != size:
+            raise ArtifactError(
+                "a corpus file is missing or damaged",
+                got="no file" if found is None else f"{found} bytes",
+                expected=f"{size} bytes",
+                hint="run preprocess again",
+                where=path,
+            )
+        return np.memmap(path, dtype=dtype, mode="r") if size else np.zeros(0, dtype=dtype)
+
+
+def smallest_unsigned(largest: int) -> str:
+    """The smallest unsigned integer type that holds a value, as NumPy names it."""
+    return next(dtype for dtype in ("uint8", "uint16", "uint32", "uint64") if largest <= np.iinfo(dtype).max)

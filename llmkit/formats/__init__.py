@@ -1,0 +1,1 @@
+"""Targets of export, one file each: `write(source, target, auto_class, dtype, probe) -> facts`."""

@@ -1,0 +1,1 @@
+"""Models: loading them, where their parts are, which parameters stand still and how the rest are optimised."""

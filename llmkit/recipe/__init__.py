@@ -1,0 +1,1 @@
+"""The recipe: an immutable, validated document that says what to do."""

@@ -1,0 +1,1 @@
+"""The run directory: what a recipe produced, and what produced it."""

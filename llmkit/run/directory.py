@@ -1,0 +1,233 @@
+"""The run directory: `run.json`, the folder of each stage, and the lock that keeps a second run out.
+
+A finished stage is never deleted. When its inputs change, its folder moves to `previous/STAGE-FINGERPRINT` before the
+stage runs again.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import shutil
+import subprocess
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from llmkit import __version__
+from llmkit.errors import ResourceError, UsageError
+from llmkit.files import digest_json, read_json, write_atomically, write_json
+from llmkit.run.reporter import Reporter, SilentReporter
+
+_PACKAGES = ("torch", "transformers", "datasets", "accelerate", "tokenizers", "safetensors", "numpy")
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """What a stage leaves behind.
+
+    `content` is the digest of what later stages read; a stage that ran again and made the same bytes changes nothing
+    for them. `files` are the files, relative to the run, that must still be there for the stage to count as done.
+    """
+
+    stage: str
+    folder: Path
+    content: str
+    files: tuple[str, ...]
+    metrics: dict[str, Any] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+class Run:
+    """One run directory, locked for this process. Use `Run.open`."""
+
+    def __init__(self, path: Path, record: dict[str, Any], reporter: Reporter, lock: FileLock | None) -> None:
+        self.path = path
+        self.record = record
+        self.reporter = reporter
+        self._lock = lock
+
+    @classmethod
+    def open(
+        cls, path: Path, name: str, recipe_text: str, reporter: Reporter | None = None, *, lead: bool = True
+    ) -> Run:
+        """Opens or makes the run directory of a recipe.
+
+        `lead` is False in the processes of a distributed run that only read. Raises UsageError when the directory
+        belongs to another recipe or to something else, and ResourceError when it cannot be written or is in use.
+        """
+        if not lead:
+            return cls(path, read_json(path / "run.json"), SilentReporter(), None)
+        _refuse_foreign(path, name)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(path / ".lock", blocking=False)
+            lock.acquire()
+        except Timeout:
+            raise ResourceError(
+                "the run directory is in use",
+                got=path,
+                expected="one llmkit at a time in a run",
+                hint="wait, or use -o",
+            ) from None
+        except OSError as error:
+            raise ResourceError(
+                "the run directory cannot be written",
+                got=error.strerror or str(error),
+                where=path,
+                hint="choose another -o",
+            ) from None
+        known = read_json(path / "run.json") if (path / "run.json").exists() else {}
+        record = {"name": name, "created": _now(), "stages": {}, "guesses": {}} | known | _surroundings()
+        run = cls(path, record, reporter or SilentReporter(), lock)
+        write_atomically(path / "recipe.yaml", recipe_text)
+        run.save()
+        return run
+
+    def close(self) -> None:
+        """Lets go of the lock."""
+        if self._lock is not None:
+            self._lock.release()
+
+    def save(self) -> None:
+        """Writes run.json; does nothing in a process that only reads."""
+        if self._lock is not None:
+            write_json(self.path / "run.json", self.record)
+
+    def reload(self) -> None:
+        """Reads run.json again, in a process that only reads."""
+        self.record = read_json(self.path / "run.json")
+
+    def folder(self, stage: str) -> Path:
+        """The folder of a stage, whether or not it exists."""
+        return self.path / stage
+
+    def stage(self, stage: str) -> dict[str, Any]:
+        """What run.json says of a stage; empty when it never ran."""
+        found: dict[str, Any] = self.record["stages"].get(stage, {})
+        return found
+
+    def is_done(self, stage: str) -> bool:
+        """True when a stage has finished and its files still have the sizes that they had."""
+        entry = self.stage(stage)
+        return entry.get("state") == "done" and not self.missing_files(stage)
+
+    def missing_files(self, stage: str) -> list[str]:
+        """The files of a finished stage that are gone or have another size."""
+        sizes = self.stage(stage).get("files", {})
+        return [name for name, size in sizes.items() if not _has_size(self.path / name, size)]
+
+    def start(self, stage: str, inputs: dict[str, Any], *, keep: bool) -> Path:
+        """Notes that a stage starts and gives its folder: a fresh one, or with `keep` the one that is there."""
+        folder = self.folder(stage)
+        if not keep and folder.exists():
+            self._put_aside(stage)
+        folder.mkdir(parents=True, exist_ok=True)
+        entry = {"state": "running", "started": _now(), "fingerprint": digest_json(inputs), "inputs": inputs}
+        self.record["stages"][stage] = entry
+        self.save()
+        return folder
+
+    def finish(self, artifact: Artifact, seconds: float) -> None:
+        """Notes that a stage is done and what it left."""
+        self.stage(artifact.stage).update(
+            state="done",
+            seconds=round(seconds, 2),
+            content=artifact.content,
+            files={name: (self.path / name).stat().st_size for name in artifact.files},
+            metrics=artifact.metrics,
+            facts=artifact.facts,
+        )
+        self.save()
+
+    def note_state(self, stage: str, state: str) -> None:
+        """Notes that a stage was stopped or failed."""
+        if self.stage(stage):
+            self.stage(stage)["state"] = state
+            self.save()
+
+    def guess(self, key: str, value: Any, source: str) -> None:
+        """Tells the user about a value that was chosen for them, and keeps it with its source in run.json."""
+        self.reporter.guess(key, str(value), source)
+        self.record["guesses"][key] = {"value": value, "source": source}
+
+    def _put_aside(self, stage: str) -> None:
+        """Moves a stage's folder out of the way: what may have cost hours is kept, an empty start is not."""
+        folder, entry = self.folder(stage), self.stage(stage)
+        worth_keeping = entry.get("state") == "done" or any((folder / "checkpoints").glob("step-*"))
+        if not worth_keeping:
+            shutil.rmtree(folder)
+            return
+        target = self.path / "previous" / f"{stage}-{entry.get('fingerprint', 'unknown')[:8]}"
+        number = 1
+        while target.exists():
+            number += 1
+            target = target.with_name(f"{stage}-{entry.get('fingerprint', 'unknown')[:8]}-{number}")
+        target.parent.mkdir(exist_ok=True)
+        folder.rename(target)
+        self.reporter.note(f"what {stage} had made before was moved to {target}")
+
+
+def _refuse_foreign(path: Path, name: str) -> None:
+    """Raises UsageError when a path is taken by another recipe's run or by anything that is not a run."""
+    if path.is_file():
+        raise UsageError("the run directory is a file", got=path, expected="a folder", hint="choose another -o")
+    if not os.access(path, os.R_OK) and path.exists():
+        raise ResourceError("the run directory cannot be read", got=path, hint="choose another -o")
+    if not path.exists() or not any(path.iterdir()):
+        return
+    if not (path / "run.json").exists():
+        if {item.name for item in path.iterdir()} <= {".lock", "recipe.yaml", "error.log"}:
+            return
+        raise UsageError(
+            "the folder is not a run directory", got=path, expected="a new folder or one with a run.json", hint="use -o"
+        )
+    owner = read_json(path / "run.json").get("name")
+    if owner != name:
+        raise UsageError(
+            "the run directory belongs to another recipe",
+            got=f"recipe `{name}`",
+            expected=f"recipe `{owner}`, which made {path}",
+            hint="choose another directory with -o, or another name",
+            where=path,
+        )
+
+
+def _has_size(path: Path, size: int) -> bool:
+    return path.is_file() and path.stat().st_size == size
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _surroundings() -> dict[str, Any]:
+    """Versions, hardware and the git commit of the folder that llmkit was started in."""
+    versions = {"python": platform.python_version(), "llmkit": __version__}
+    versions |= {name: importlib.metadata.version(name) for name in _PACKAGES if _installed(name)}
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return {
+        "versions": versions,
+        "hardware": {"machine": platform.machine(), "cpus": os.cpu_count(), "memory_bytes": memory},
+        "git_commit": _git_commit(),
+    }
+
+
+def _installed(package: str) -> bool:
+    try:
+        importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def _git_commit() -> str | None:
+    try:
+        found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return found.stdout.strip() if found.returncode == 0 else None

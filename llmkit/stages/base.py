@@ -1,0 +1,117 @@
+"""What a stage is, and what stages ask each other: which model, which tokenizer, which task."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Protocol
+
+from llmkit import catalog
+from llmkit.data.corpus import Corpus
+from llmkit.errors import ArtifactError, RecipeError
+from llmkit.files import read_json
+from llmkit.model.loading import load_tokenizer, locate
+from llmkit.recipe.schema import Recipe
+from llmkit.run.directory import Artifact, Run
+from llmkit.tasks.base import Task, TaskSettings
+
+
+class Stage(Protocol):
+    """One step of the pipeline. `distributed` stages run in every process, the others in the first."""
+
+    name: str
+    trains: bool
+    distributed: bool
+
+    def needs(self, recipe: Recipe) -> tuple[str, ...]:
+        """The stages whose artifacts this one reads, in order."""
+
+    def inputs(self, recipe: Recipe, run: Run) -> dict[str, Any]:
+        """All that decides what the stage makes, as JSON values: its part of the recipe and digests of what it reads.
+
+        The stages it needs are done when this is called.
+        """
+
+    def run(self, recipe: Recipe, run: Run) -> Artifact:
+        """Makes the artifact in `run.folder(name)`."""
+
+
+def task_class(recipe: Recipe) -> type[Task]:
+    """The class of the recipe's task."""
+    found: type[Task] = catalog.resolve("task", recipe.task)
+    return found
+
+
+def task_for(recipe: Recipe, run: Run, corpus: Corpus, name: str | None = None) -> Task:
+    """The task that a corpus was made for, with the settings and the tokenizer that it was made with."""
+    settings = dict(corpus.meta["settings"])
+    settings["labels"] = tuple(settings["labels"])
+    made: Task = catalog.resolve("task", name or recipe.task)(
+        load_tokenizer(run.folder("preprocess") / "tokenizer"), TaskSettings(**settings)
+    )
+    return made
+
+
+def corpus_in(run: Run, name: str) -> Corpus | None:
+    """The corpus `train`, `eval`, `pretrain` or `pretrain-eval` of a run, or None when its data have none."""
+    folder = run.folder("preprocess") / name
+    return Corpus(folder) if (folder / "corpus.json").exists() else None
+
+
+def pretraining_corpora(recipe: Recipe) -> tuple[str, str]:
+    """The corpora to pretrain on and to hold out: their own, unless the recipe gives pretraining no other data or length."""
+    keys = recipe.pretrain
+    assert keys is not None
+    shared = keys.data is None and keys.max_length in (None, recipe.data.max_length)
+    return ("train", "eval") if shared else ("pretrain", "pretrain-eval")
+
+
+def require_corpus(run: Run, name: str, key: str) -> Corpus:
+    """A corpus that a stage cannot do without. Raises RecipeError naming the recipe key that would give it."""
+    corpus = corpus_in(run, name)
+    if corpus is None or not len(corpus):
+        raise RecipeError(
+            f"there are no examples in `{name}`",
+            expected=f"data under `{key}`",
+            hint=f"set {key} in the recipe",
+            where=key,
+        )
+    return corpus
+
+
+def upstream_models(recipe: Recipe, before: str) -> tuple[str, ...]:
+    """The training stages of this recipe that come before a stage, nearest first."""
+    training = ("finetune", "pretrain")
+    order = ("pretrain", "finetune", "evaluate", "export")
+    return tuple(s for s in training if s in recipe.plan and order.index(s) < order.index(before))
+
+
+def model_before(recipe: Recipe, run: Run, stage: str) -> Path:
+    """The Transformers folder that a stage starts from: what the last training stage left, else the recipe's model."""
+    for earlier in upstream_models(recipe, stage):
+        return run.folder(earlier) / "model"
+    if recipe.model is None:
+        raise ArtifactError(
+            "there is no model yet", expected="the model of an earlier stage", hint="run `llmkit pretrain` first"
+        )
+    return locate(recipe.model)
+
+
+def model_content(recipe: Recipe, run: Run, stage: str) -> str:
+    """The digest of the weights of `model_before`."""
+    from llmkit.model.loading import weights_digest
+
+    for earlier in upstream_models(recipe, stage):
+        return str(run.stage(earlier)["content"])
+    return weights_digest(model_before(recipe, run, stage))
+
+
+def training_record(model: Path) -> dict[str, Any]:
+    """What llmkit wrote beside a model that it trained (its peak learning rate, say); empty for other models."""
+    path = model / "llmkit.json"
+    found: dict[str, Any] = read_json(path) if path.exists() else {}
+    return found
+
+
+def relative_files(run: Run, folder: Path) -> tuple[str, ...]:
+    """All files below a folder, relative to the run."""
+    return tuple(sorted(str(path.relative_to(run.path)) for path in folder.rglob("*") if path.is_file()))

@@ -1,0 +1,137 @@
+"""evaluate: the task's metrics on held-out data, for the model and what it is held against, side by side."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from llmkit.data.corpus import Corpus
+from llmkit.errors import RecipeError, did_you_mean
+from llmkit.files import digest_json, write_json
+from llmkit.model.loading import load_config, load_model, locate, weights_digest
+from llmkit.model.precision import autocast, choose_precision, default_device
+from llmkit.recipe.schema import Recipe, result_keys
+from llmkit.run.directory import Artifact, Run
+from llmkit.stages.base import model_before, model_content, require_corpus, task_for, upstream_models
+from llmkit.tasks.base import Scores, Scoring, Task
+
+
+class Evaluate:
+    """Scores the newest model of the recipe, and its parent."""
+
+    name = "evaluate"
+    trains = False
+    distributed = False
+
+    def needs(self, recipe: Recipe) -> tuple[str, ...]:
+        """The held-out corpus and the model."""
+        return ("preprocess", *reversed(upstream_models(recipe, self.name)))
+
+    def inputs(self, recipe: Recipe, run: Run) -> dict[str, Any]:
+        """The held-out corpus, both models' weights, and the keys of `evaluate`."""
+        against = _against(recipe)
+        return {f"recipe.evaluate.{key}": value for key, value in result_keys(recipe.evaluate).items()} | {
+            "recipe.task": recipe.task,
+            "recipe.seed": recipe.seed,
+            "held out": _corpora(run).get(_corpus_name(run)),
+            "model": model_content(recipe, run, self.name),
+            "against": weights_digest(locate(against)) if against else None,
+        }
+
+    def run(self, recipe: Recipe, run: Run) -> Artifact:
+        """Writes `results.json`: metrics of the model and of what it is held against, tables and sample answers."""
+        corpus = require_corpus(run, _corpus_name(run), "data.eval")
+        task = task_for(recipe, run, corpus, "text" if _corpus_name(run) == "pretrain-eval" else None)
+        scoring = scoring_for(recipe, run, task, len(corpus))
+        scores = {"model": _score(recipe, run, task, corpus, scoring, model_before(recipe, run, self.name), "model")}
+        against = _against(recipe)
+        if against is not None:
+            name = "parent" if recipe.evaluate.against == "parent" else "other"
+            scores[name] = _score(recipe, run, task, corpus, scoring, locate(against), name)
+        folder = run.folder(self.name)
+        results: dict[str, Any] = {name: found.metrics for name, found in scores.items()}
+        results["examples"] = len(corpus)
+        results["tables"] = {name: found.tables for name, found in scores.items() if found.tables}
+        results["samples"] = _samples(scores)
+        write_json(folder / "results.json", results)
+        metrics = {f"{name}.{key}": value for name, found in scores.items() for key, value in found.metrics.items()}
+        return Artifact(
+            self.name, folder / "results.json", digest_json(results), (f"{self.name}/results.json",), metrics
+        )
+
+
+STAGE = Evaluate()
+
+
+def scoring_for(recipe: Recipe, run: Run, task: Task, examples: int) -> Scoring:
+    """How this recipe scores a model. Raises RecipeError for a metric that the task has not."""
+    keys, device = recipe.evaluate, default_device()
+    wanted = task.metrics if keys.metrics == "auto" else keys.metrics
+    for name in wanted:
+        if name not in task.metrics:
+            raise RecipeError(
+                f"the task {recipe.task} has no metric `{name}`",
+                got=name,
+                expected="one of " + ", ".join(task.metrics),
+                hint=did_you_mean(name, task.metrics),
+                where="evaluate.metrics",
+            )
+    precision, why = choose_precision(keys.precision, device)
+    if why:
+        run.guess("evaluate.precision", precision, why)
+    return Scoring(
+        device=device,
+        autocast=lambda: autocast(device, precision),
+        batch_size=keys.batch_size,
+        metrics=tuple(wanted),
+        generate=min(keys.generate, examples),
+        max_new_tokens=keys.max_new_tokens,
+        samples=min(keys.samples, examples),
+    )
+
+
+def _score(recipe: Recipe, run: Run, task: Task, corpus: Corpus, scoring: Scoring, folder: Path, name: str) -> Scores:
+    """Loads a model and scores it. A new head (a parent that never saw these labels) is seeded, and said to be new."""
+    from llmkit.train.state import seed_everything
+
+    seed_everything(recipe.seed)
+    loaded = load_model(folder, task.auto_class, **task.model_changes(load_config(folder)))
+    if loaded.new_parameters:
+        run.reporter.note(
+            f"the {name} has no trained {', '.join(loaded.new_parameters)}: its scores are those of chance"
+        )
+    progress = run.reporter.progress(f"scoring the {name}", task.work(corpus, scoring), "examples")
+    try:
+        model = loaded.model.to(scoring.device).eval()
+        return task.evaluate(model, corpus, replace(scoring, advance=progress.advance))
+    finally:
+        progress.close()
+
+
+def _samples(scores: dict[str, Scores]) -> list[dict[str, str]]:
+    """The same prompts with the answers of each model."""
+    first = scores["model"].samples
+    return [
+        {"prompt": sample["prompt"], "reference": sample["reference"]}
+        | {name: found.samples[number]["answer"] for name, found in scores.items()}
+        for number, sample in enumerate(first)
+    ]
+
+
+def _against(recipe: Recipe) -> str | None:
+    """The URI of the model to hold against; None when there is none, or when it would be the same one."""
+    against = recipe.evaluate.against
+    if against != "parent":
+        return against
+    return recipe.model if upstream_models(recipe, "evaluate") else None
+
+
+def _corpora(run: Run) -> dict[str, str]:
+    found: dict[str, str] = run.stage("preprocess")["facts"]["corpora"]
+    return found
+
+
+def _corpus_name(run: Run) -> str:
+    """`eval`, or the held-out part of the pretraining text when the recipe has no other data."""
+    return "eval" if "eval" in _corpora(run) else "pretrain-eval"

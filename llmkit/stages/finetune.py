@@ -1,0 +1,90 @@
+"""finetune: learning the task with a lowered rate, while what is frozen stays bit-identical."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from llmkit.files import read_json
+from llmkit.model.freezing import FreezePlan, apply_freeze
+from llmkit.model.loading import load_config, load_model
+from llmkit.recipe.schema import Recipe, result_keys
+from llmkit.run.directory import Artifact, Run
+from llmkit.stages.base import corpus_in, model_before, model_content, require_corpus, task_for, training_record
+from llmkit.stages.evaluate import scoring_for
+from llmkit.stages.training import TrainingJob, train_and_save
+
+# Peak rates for a parent that does not record its own. Text and chat: the rate at which Ouyang et al. (InstructGPT,
+# 2022) and most recipes since tune whole models; classify: from the range of Devlin et al. (BERT, 2019).
+_DEFAULT_LR = {"text": 2e-5, "chat": 2e-5, "classify": 5e-5}
+
+
+class Finetune:
+    """Trains on the corpus `train`, starting from the pretrained or the recipe's model."""
+
+    name = "finetune"
+    trains = True
+    distributed = True
+
+    def needs(self, recipe: Recipe) -> tuple[str, ...]:
+        """The corpus, and the stages of the recipe before this one."""
+        return ("preprocess", *(stage for stage in ("pretrain", "freeze") if stage in recipe.plan))
+
+    def inputs(self, recipe: Recipe, run: Run) -> dict[str, Any]:
+        """The corpora, the parent's weights, the freeze plan and the keys of `finetune` that change what is learnt."""
+        corpora = run.stage("preprocess")["facts"]["corpora"]
+        found: dict[str, Any] = {f"recipe.finetune.{key}": value for key, value in result_keys(recipe.finetune).items()}
+        found |= {
+            "recipe.seed": recipe.seed,
+            "recipe.task": recipe.task,
+            "corpus": corpora.get("train"),
+            "held out": corpora.get("eval"),
+            "parent": model_content(recipe, run, self.name),
+            "parent's peak rate": training_record(model_before(recipe, run, self.name)).get("peak_lr"),
+        }
+        if "freeze" in recipe.plan:
+            found["freeze plan"] = run.stage("freeze")["content"]
+        return found
+
+    def run(self, recipe: Recipe, run: Run) -> Artifact:
+        """Leaves `model/`; scores it on the held-out data with the task's metrics, without written answers."""
+        corpus = require_corpus(run, "train", "data.train")
+        held_out = corpus_in(run, "eval")
+        task = task_for(recipe, run, corpus)
+        parent = model_before(recipe, run, self.name)
+        loaded = load_model(parent, task.auto_class, **task.model_changes(load_config(parent)))
+        if loaded.new_parameters:
+            run.reporter.note(f"new and untrained, seeded with {recipe.seed}: {', '.join(loaded.new_parameters)}")
+        if loaded.unused_parameters:
+            run.reporter.note(f"in the parent, but not used: {', '.join(loaded.unused_parameters)}")
+        if "freeze" in recipe.plan:
+            apply_freeze(loaded.model, FreezePlan.from_json(read_json(run.folder("freeze") / "freeze.json")))
+        lr = _learning_rate(recipe, run)
+        job = TrainingJob(self.name, recipe, run, recipe.finetune, lr, loaded.model, task, corpus, held_out)
+        artifact, fit = train_and_save(job)
+        metrics = dict(artifact.metrics)
+        if fit.accelerator.is_main_process:
+            if held_out is not None and len(held_out):
+                scoring = replace(scoring_for(recipe, run, task, len(held_out)), generate=0, samples=0)
+                scores = task.evaluate(fit.unwrapped.eval(), held_out, scoring)
+                metrics |= scores.metrics
+            fit.forget_checkpoints()
+        return replace(artifact, metrics=metrics)
+
+
+STAGE = Finetune()
+
+
+def _learning_rate(recipe: Recipe, run: Run) -> float:
+    """The recipe's rate, or the parent's own peak times lr_scale, or a default; says which."""
+    keys = recipe.finetune
+    if keys.lr != "auto":
+        return keys.lr
+    peak = training_record(model_before(recipe, run, "finetune")).get("peak_lr")
+    if isinstance(peak, float):
+        lr = peak * keys.lr_scale
+        run.guess("finetune.lr", lr, f"the parent's peak rate {peak:g} times lr_scale {keys.lr_scale:g}")
+        return lr
+    lr = _DEFAULT_LR[recipe.task]
+    run.guess("finetune.lr", lr, f"the default for {recipe.task}: the parent records no rate of its own")
+    return lr

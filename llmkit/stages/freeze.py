@@ -1,0 +1,63 @@
+"""freeze: which parameters will stand still, decided on the meta device and written down as data."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llmkit.errors import RecipeError
+from llmkit.files import digest_json, write_json
+from llmkit.model.freezing import FreezeRules, plan_freeze
+from llmkit.model.loading import build_on_meta, load_config
+from llmkit.recipe.schema import Recipe, result_keys
+from llmkit.run.directory import Artifact, Run
+from llmkit.stages.base import model_before, require_corpus, task_class, task_for
+
+_VOLATILE = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
+
+
+class Freeze:
+    """Resolves the recipe's rules against the model's anatomy. Nothing is loaded but the config."""
+
+    name = "freeze"
+    trains = False
+    distributed = False
+
+    def needs(self, recipe: Recipe) -> tuple[str, ...]:
+        """The model that is to be frozen, and the data where they decide its shape (the number of labels)."""
+        data = ("preprocess",) if task_class(recipe).shaped_by_data else ()
+        return (*data, *(("pretrain",) if "pretrain" in recipe.plan else ()))
+
+    def inputs(self, recipe: Recipe, run: Run) -> dict[str, Any]:
+        """The rules, and the model's config."""
+        config = load_config(model_before(recipe, run, "finetune")).to_dict()
+        found: dict[str, Any] = {f"recipe.freeze.{key}": value for key, value in result_keys(recipe.freeze).items()}
+        found["model config"] = digest_json({k: v for k, v in config.items() if k not in _VOLATILE})
+        found["recipe.task"] = recipe.task
+        return found
+
+    def run(self, recipe: Recipe, run: Run) -> Artifact:
+        """Writes `freeze.json`. Raises RecipeError for a rule that matches nothing, and for freezing everything."""
+        if recipe.freeze is None:
+            raise RecipeError("there is nothing to freeze", expected="a section `freeze` in the recipe", where="freeze")
+        config = load_config(model_before(recipe, run, "finetune"))
+        task = task_class(recipe)
+        if task.shaped_by_data:
+            corpus = require_corpus(run, "train", "data.train")
+            config.update(task_for(recipe, run, corpus).model_changes(config))
+        rules = FreezeRules(**recipe.freeze.model_dump())
+        plan = plan_freeze(build_on_meta(config, task.auto_class), rules)
+        folder = run.folder(self.name)
+        write_json(folder / "freeze.json", plan.to_json())
+        total = plan.frozen_count + plan.trainable_count
+        rows: list[tuple[Any, ...]] = [(rule, what) for rule, what in plan.reasons.items()]
+        rows.append(("stands still", f"{plan.frozen_count:,} parameters ({plan.frozen_count / total:.1%})"))
+        rows.append(("is trained", f"{plan.trainable_count:,} parameters ({plan.trainable_count / total:.1%})"))
+        run.reporter.table("freeze plan", ("rule", "what it takes"), rows)
+        for note in plan.notes:
+            run.reporter.note(note)
+        metrics = {"frozen_parameters": plan.frozen_count, "trainable_parameters": plan.trainable_count}
+        content = digest_json([plan.frozen, plan.trainable])
+        return Artifact(self.name, folder / "freeze.json", content, (f"{self.name}/freeze.json",), metrics)
+
+
+STAGE = Freeze()

@@ -1,0 +1,207 @@
+"""Runs stages in order; a stage whose inputs did not change is not run again, and it is said why or why not.
+
+In a distributed run (torchrun, `accelerate launch`) the first process decides and does what is not training; the others
+wait for it between stages.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from types import FrameType
+from typing import Any
+
+from llmkit import catalog
+from llmkit.errors import ArtifactError, InterruptedByUserError, LlmkitError, StoppedError
+from llmkit.files import digest_json
+from llmkit.recipe.schema import STAGES, Recipe
+from llmkit.run.directory import Run
+from llmkit.stages.base import Stage
+
+_LONGEST_WAIT = timedelta(hours=12)
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Whether a stage runs, and the reason as a sentence; `resume` keeps what an earlier try left."""
+
+    stage: str
+    runs: bool
+    why: str
+    resume: bool = False
+
+
+def stages_for(recipe: Recipe, target: str | None) -> tuple[str, ...]:
+    """The stages to look at: the whole plan, or one stage and all that it needs."""
+    if target is None:
+        return recipe.plan
+    wanted, queue = {target}, [target]
+    while queue:
+        for name in _stage(queue.pop()).needs(recipe):
+            if name not in wanted:
+                wanted.add(name)
+                queue.append(name)
+    return tuple(name for name in STAGES if name in wanted)
+
+
+def run_stages(recipe: Recipe, run: Run, target: str | None, *, resume: bool = True) -> list[Decision]:
+    """Runs what has to run. With a `target`, another stage that trains is not started for it, but asked for.
+
+    Raises what the stages raise, StoppedError and InterruptedByUserError. run.json says where things stand in any case.
+    """
+    processes = _Processes()
+    decisions = []
+    with _stop_by_signal():
+        for name in stages_for(recipe, target):
+            stage = _stage(name)
+            decision, inputs = processes.decide(lambda s=stage: _decide(s, recipe, run, target, resume))
+            decisions.append(decision)
+            if not decision.runs:
+                run.reporter.stage(name, "unchanged", decision.why)
+                continue
+            run.reporter.stage(name, "running", decision.why)
+            started = time.monotonic()
+            if processes.lead:
+                run.start(name, inputs, keep=decision.resume)
+            processes.meet(run)
+            with _noting_failure(run, name):
+                artifact = stage.run(recipe, run) if processes.lead or stage.distributed else None
+            if artifact is not None and processes.lead:
+                run.finish(artifact, time.monotonic() - started)
+                run.reporter.stage(name, "done", f"{time.monotonic() - started:.1f} s")
+            processes.meet(run)
+    return decisions
+
+
+def decide_all(recipe: Recipe, run: Run, target: str | None, *, resume: bool = True) -> list[Decision]:
+    """What `run_stages` would do, without doing it."""
+    decisions: list[Decision] = []
+    for name in stages_for(recipe, target):
+        stage = _stage(name)
+        before = [d.stage for d in decisions if d.runs and d.stage in stage.needs(recipe)]
+        if before:
+            decisions.append(Decision(name, True, f"{' and '.join(before)} will run before it"))
+        else:
+            decisions.append(_decide(stage, recipe, run, target, resume)[0])
+    return decisions
+
+
+def _stage(name: str) -> Stage:
+    found: Stage = catalog.resolve("stage", name)
+    return found
+
+
+def _decide(
+    stage: Stage, recipe: Recipe, run: Run, target: str | None, resume: bool
+) -> tuple[Decision, dict[str, Any]]:
+    """Compares a stage's inputs with those that it last ran on."""
+    inputs = stage.inputs(recipe, run)
+    entry = run.stage(stage.name)
+    same = entry.get("fingerprint") == digest_json(inputs)
+    if not resume and target in (None, stage.name):
+        return Decision(stage.name, True, "asked to start anew (--no-resume)"), inputs
+    if same and run.is_done(stage.name):
+        return Decision(
+            stage.name, False, f"its inputs are those of the last run ({entry['fingerprint'][:12]})"
+        ), inputs
+    if stage.trains and target not in (None, stage.name):
+        state = "has other inputs now" if entry.get("state") == "done" else "is not done yet"
+        raise ArtifactError(
+            f"{stage.name} {state}, and {target} needs it",
+            got=_why(run, stage.name, inputs, same),
+            hint=f"run `llmkit {stage.name}` or `llmkit run` with the same recipe first",
+            where=run.path,
+        )
+    goes_on = same and stage.trains and entry.get("state") != "done"
+    return Decision(stage.name, True, _why(run, stage.name, inputs, same), resume=goes_on), inputs
+
+
+def _why(run: Run, name: str, inputs: dict[str, Any], same: bool) -> str:
+    """Why a stage runs, in a sentence."""
+    entry = run.stage(name)
+    if not entry:
+        return "it has not run yet"
+    if same and entry["state"] == "done":
+        return f"its output is missing or changed: {', '.join(run.missing_files(name)[:3])}"
+    if same:
+        return f"it did not finish ({entry['state']})"
+    before = entry.get("inputs", {})
+    changed = [key for key in sorted({*inputs, *before}) if inputs.get(key) != before.get(key)]
+    return "changed: " + ", ".join(_change(key, before.get(key), inputs.get(key)) for key in changed[:4])
+
+
+def _change(key: str, before: Any, now: Any) -> str:
+    """`finetune.lr 1e-05 -> 2e-05` for a key of the recipe, the name alone for a digest."""
+    if key.startswith("recipe."):
+        return f"{key.removeprefix('recipe.')} {before} -> {now}"
+    return f"the {key}"
+
+
+@contextmanager
+def _noting_failure(run: Run, name: str) -> Iterator[None]:
+    """Writes into run.json how a stage ended when it did not end well."""
+    try:
+        yield
+    except (StoppedError, InterruptedByUserError, KeyboardInterrupt):
+        run.note_state(name, "stopped")
+        raise
+    except LlmkitError as error:
+        run.note_state(name, error.kind)
+        raise
+    except Exception:
+        run.note_state(name, "failed")
+        raise
+
+
+@contextmanager
+def _stop_by_signal() -> Iterator[None]:
+    """SIGTERM and SIGUSR1 end a stage that has nothing to save; training takes them over while it lasts."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise StoppedError(
+            f"stopped by {signal.Signals(number).name}", hint="run the same command again to go on from there"
+        )
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class _Processes:
+    """The processes of a distributed run; of one when WORLD_SIZE says nothing else."""
+
+    def __init__(self) -> None:
+        self.count = int(os.environ.get("WORLD_SIZE", "1"))
+        self.lead = int(os.environ.get("RANK", "0")) == 0
+        if self.count > 1:
+            from accelerate import PartialState
+
+            self._state = PartialState(timeout=_LONGEST_WAIT)
+
+    def decide(self, make: Any) -> Any:
+        """The first process's decision, in every process."""
+        made = make() if self.lead else None
+        if self.count == 1:
+            return made
+        from accelerate.utils import broadcast_object_list
+
+        return broadcast_object_list([made])[0]
+
+    def meet(self, run: Run) -> None:
+        """Waits for all, and lets the others see what the first has written."""
+        if self.count > 1:
+            self._state.wait_for_everyone()
+            if not self.lead:
+                run.reload()

@@ -1,0 +1,188 @@
+"""What pretraining and fine-tuning share: from a model and a corpus to a trained model in the run."""
+
+from __future__ import annotations
+
+import resource
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llmkit import __version__, catalog
+from llmkit.data.corpus import Corpus
+from llmkit.errors import RecipeError, did_you_mean
+from llmkit.files import write_json
+from llmkit.model.groups import parameter_groups
+from llmkit.model.loading import weights_digest
+from llmkit.model.precision import choose_precision
+from llmkit.optim import build_optimizer
+from llmkit.recipe.schema import Recipe, Training
+from llmkit.run.directory import Artifact, Run
+from llmkit.run.log import MetricsLog
+from llmkit.stages.base import relative_files
+from llmkit.tasks.base import Task
+from llmkit.train.hooks import Hook
+from llmkit.train.hooks.metrics_log import MetricsLogHook
+from llmkit.train.hooks.progress import ProgressHook
+from llmkit.train.hooks.trackers import TrackersHook
+from llmkit.train.loop import Fit
+from llmkit.train.state import TrainState, seed_everything
+
+
+@dataclass(frozen=True)
+class TrainingJob:
+    """One training stage's work."""
+
+    stage: str
+    recipe: Recipe
+    run: Run
+    training: Training
+    lr: float
+    model: Any
+    task: Task
+    train: Corpus
+    held_out: Corpus | None
+
+
+def train_and_save(job: TrainingJob) -> tuple[Artifact, Fit]:
+    """Trains, and leaves `model/`, a Transformers folder with `llmkit.json` beside the weights."""
+    run, training, folder = job.run, job.training, job.run.folder(job.stage)
+    accelerator = _accelerator(training, folder, job.stage)
+    precision = _precision(job, accelerator.device)
+    model = job.model.to(accelerator.device)
+    model.config.use_cache = False
+    seed_everything(job.recipe.seed + accelerator.process_index)
+    groups = parameter_groups(model, lr=job.lr, weight_decay=training.weight_decay)
+    _show_groups(run, groups)
+    fit = Fit(
+        accelerator=accelerator,
+        model=model,
+        objective=job.task,
+        optimizer=build_optimizer(training.optimizer.name, groups, lr=job.lr, options=training.optimizer.options),
+        schedule=catalog.resolve("schedule", training.schedule),
+        training=training,
+        train=job.train,
+        held_out=job.held_out,
+        seed=job.recipe.seed,
+        precision=precision,
+        folder=folder,
+        fingerprint=run.stage(job.stage)["fingerprint"],
+        warn=run.reporter.warn,
+    )
+    if fit.resume():
+        run.reporter.stage(job.stage, "resumed", f"going on after step {fit.state.step} of {fit.total_steps}")
+    _reset_peak_memory()
+    state = fit.run(_hooks(job, fit, accelerator))
+    if accelerator.is_main_process:
+        _save_model(job, fit)
+    accelerator.wait_for_everyone()
+    model_folder = folder / "model"
+    artifact = Artifact(
+        job.stage,
+        model_folder,
+        weights_digest(model_folder),
+        relative_files(run, model_folder),
+        _metrics(state, fit),
+        {"precision": precision, "learning_rate": job.lr, "processes": accelerator.num_processes},
+    )
+    return artifact, fit
+
+
+def peak_memory_bytes() -> int:
+    """The most memory that was in use at once: of the GPU when there is one, else of this process."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated())
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _reset_peak_memory() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+
+
+def _accelerator(training: Training, folder: Path, stage: str) -> Any:
+    """An Accelerator with the recipe's trackers; it knows of processes and devices, precision is the stepper's."""
+    from accelerate import Accelerator
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+    from accelerate.utils import LoggerType
+
+    known = [kind.value for kind in LoggerType if kind.value in LOGGER_TYPE_TO_CLASS]
+    for name in training.trackers:
+        if name not in known:
+            raise RecipeError(
+                f"unknown tracker `{name}`",
+                got=name,
+                expected="one of " + ", ".join(known),
+                hint=did_you_mean(name, known),
+                where=f"{stage}.trackers",
+            )
+    return Accelerator(log_with=list(training.trackers) or None, project_dir=str(folder))
+
+
+def _precision(job: TrainingJob, device: torch.device) -> str:
+    precision, why = choose_precision(job.training.precision, device)
+    if why:
+        job.run.guess(f"{job.stage}.precision", precision, why)
+    return precision
+
+
+def _show_groups(run: Run, groups: list[dict[str, Any]]) -> None:
+    rows = [
+        (g["group"], len(g["names"]), sum(p.numel() for p in g["params"]), g["lr"], g["weight_decay"]) for g in groups
+    ]
+    run.reporter.table("parameter groups", ("group", "tensors", "parameters", "peak rate", "weight decay"), rows)
+
+
+def _hooks(job: TrainingJob, fit: Fit, accelerator: Any) -> list[Hook]:
+    """Logs, progress and trackers; in the first process only, except trackers, which see to that themselves."""
+    hooks: list[Hook] = []
+    if accelerator.is_main_process:
+        log = MetricsLog(job.run.path / "metrics.jsonl", job.stage, step=fit.state.step)
+        hooks.append(MetricsLogHook(log, job.training.log_every))
+        progress = job.run.reporter.progress(job.stage, fit.total_steps, "steps")
+        progress.advance(fit.state.step)
+        hooks.append(ProgressHook(progress))
+    if job.training.trackers:
+        accelerator.init_trackers(job.stage, config={"name": job.recipe.name, "learning_rate": job.lr})
+        hooks.append(TrackersHook(accelerator, job.training.log_every))
+    return hooks
+
+
+def _save_model(job: TrainingJob, fit: Fit) -> None:
+    """Writes the model aside and renames it into place; then forgets what only served to resume."""
+    folder = job.run.folder(job.stage)
+    aside, target = folder / ".model.tmp", folder / "model"
+    shutil.rmtree(aside, ignore_errors=True)
+    fit.unwrapped.config.use_cache = True
+    fit.unwrapped.save_pretrained(aside)
+    job.task.tokenizer.save_pretrained(aside)
+    write_json(
+        aside / "llmkit.json",
+        {
+            "llmkit": __version__,
+            "recipe": job.recipe.name,
+            "stage": job.stage,
+            "task": job.recipe.task,
+            "peak_lr": job.lr,
+        },
+    )
+    shutil.rmtree(target, ignore_errors=True)
+    aside.rename(target)
+
+
+def _metrics(state: TrainState, fit: Fit) -> dict[str, Any]:
+    return {
+        "steps": state.step,
+        "train_loss": state.train_loss,
+        "eval_loss": state.best_loss if fit.training.keep == "best" else state.eval_loss,
+        "train_seconds": round(state.seconds, 3),
+        "train_tokens": state.tokens,
+        "supervised_tokens": state.supervised,
+        "tokens_per_second": round(state.tokens_per_second, 1),
+        "peak_memory_bytes": peak_memory_bytes(),
+        "best_step": state.best_step,
+    }

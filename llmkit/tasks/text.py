@@ -1,0 +1,79 @@
+"""Language modelling on plain text. Metrics: loss in nats a token, perplexity, bits a byte."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any, ClassVar
+
+import numpy as np
+
+from llmkit.data.corpus import Column, Corpus, Example
+from llmkit.tasks.base import Encoded, Scores, Scoring
+from llmkit.tasks.causal import CausalTask
+
+
+class TextTask(CausalTask):
+    """Every token of a document is supervised.
+
+    A document longer than max_length becomes several windows. A window starts with the last token of the one before, so
+    that every token but a document's first is predicted exactly once and none is cut off.
+    """
+
+    kind: ClassVar[str] = "text"
+    metrics: ClassVar[tuple[str, ...]] = ("loss", "perplexity", "bits_per_byte")
+
+    @property
+    def columns(self) -> dict[str, Column]:
+        """Also `text_bytes`: the UTF-8 bytes that a window's supervised tokens stand for."""
+        return super().columns | {"text_bytes": Column("int64", ragged=False)}
+
+    def describe(self) -> dict[str, Any]:
+        """The window size and the token that ends a document."""
+        return {"max_length": self.settings.max_length, "end": self.tokenizer.eos_token}
+
+    def encode(self, rows: Sequence[dict[str, Any]]) -> list[Encoded | str]:
+        """Documents as windows; the tokenizer's own special tokens come first, its end token last."""
+        texts = [row["text"] for row in rows]
+        encodings = self.tokenizer(texts, return_offsets_mapping=self.tokenizer.is_fast, verbose=False)
+        return [self._windows(texts[i], encodings, i) for i in range(len(texts))]
+
+    def evaluate(self, model: Any, corpus: Corpus, scoring: Scoring) -> Scores:
+        """Scores over all windows; the document's end token counts in the loss, not in the bytes."""
+        sums = self.token_sums(model, corpus, scoring)
+        text_bytes = int(np.sum(corpus.values("text_bytes")))
+        loss = sums.loss / sums.tokens
+        found = {
+            "loss": loss,
+            "perplexity": math.exp(min(loss, 700.0)),
+            "bits_per_byte": sums.loss / math.log(2) / text_bytes,
+        }
+        return Scores({name: found[name] for name in self.metrics if name in scoring.metrics})
+
+    def _windows(self, text: str, encodings: Any, index: int) -> Encoded | str:
+        ids = list(encodings["input_ids"][index])
+        widths = self._token_bytes(text, encodings, index)
+        if self.tokenizer.eos_token_id is not None and (not ids or ids[-1] != self.tokenizer.eos_token_id):
+            ids.append(self.tokenizer.eos_token_id)
+            widths.append(0)
+        if len(ids) < 2:
+            return "text has fewer than two tokens: nothing to predict"
+        stride = self.settings.max_length - 1
+        examples: list[Example] = []
+        for start in range(0, len(ids) - 1, stride):
+            part = slice(start, start + stride + 1)
+            supervised = np.ones(len(ids[part]), bool)
+            supervised[0] = False
+            text_bytes = sum(widths[start + 1 : start + stride + 1])
+            examples.append({"input_ids": ids[part], "supervised": supervised, "text_bytes": text_bytes})
+        return Encoded(examples)
+
+    def _token_bytes(self, text: str, encodings: Any, index: int) -> list[int]:
+        """How many bytes of the text each token stands for; a slow tokenizer spreads them evenly."""
+        count = len(encodings["input_ids"][index])
+        if "offset_mapping" not in encodings:
+            return np.diff(np.linspace(0, len(text.encode()), count + 1).astype(int)).tolist()
+        ends = [max(0, end) for _, end in encodings["offset_mapping"][index]]
+        reached = np.maximum.accumulate([0, *ends])
+        return [len(text[a:b].encode()) for a, b in pairwise(reached)]

@@ -1,0 +1,77 @@
+"""Where a training stands: everything that is not weights, optimizer or random numbers."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from llmkit.recipe.schema import EarlyStopping
+
+
+@dataclass
+class TrainState:
+    """Counts since the first step, and the best held-out loss so far."""
+
+    step: int = 0
+    tokens: int = 0
+    supervised: int = 0
+    loss_sum: float = 0.0
+    seconds: float = 0.0
+    eval_loss: float | None = None
+    best_loss: float | None = None
+    best_step: int | None = None
+    evaluations_without_gain: int = 0
+
+    @property
+    def train_loss(self) -> float | None:
+        """The mean loss over everything supervised since the first step."""
+        return self.loss_sum / self.supervised if self.supervised else None
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Over the whole training, without evaluation and saving."""
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+    def note_evaluation(self, loss: float, rule: EarlyStopping | None) -> bool:
+        """Takes in a held-out loss; True when it is the best so far."""
+        self.eval_loss = loss
+        margin = rule.min_delta if rule else 0.0
+        if self.best_loss is None or loss < self.best_loss - margin:
+            self.best_loss, self.best_step, self.evaluations_without_gain = loss, self.step, 0
+            return True
+        self.evaluations_without_gain += 1
+        return False
+
+    def to_json(self) -> dict[str, Any]:
+        """All fields."""
+        return asdict(self)
+
+
+def random_state() -> dict[str, str]:
+    """The state of the random numbers of this process, as text. Python's and NumPy's are not drawn from in a step."""
+    state = {"torch": torch.get_rng_state().numpy().tobytes().hex()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state().numpy().tobytes().hex()
+    return state
+
+
+def restore_random_state(state: dict[str, str]) -> None:
+    """Puts back what `random_state` gave."""
+    torch.set_rng_state(_bytes(state["torch"]))
+    if torch.cuda.is_available() and "cuda" in state:
+        torch.cuda.set_rng_state(_bytes(state["cuda"]))
+
+
+def seed_everything(seed: int) -> None:
+    """Seeds Python, NumPy and PyTorch."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def _bytes(text: str) -> torch.Tensor:
+    return torch.frombuffer(bytearray.fromhex(text), dtype=torch.uint8)
