@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmkit.errors import ArtifactError, did_you_mean
-from llmkit.files import digest_file, digest_files, digest_json, package_path, read_json
+from llmkit.files import package_path, read_json
+from llmkit.model.folder import INDEX, TOKENIZER_FILES, VOCABULARIES, WEIGHTS, check_folder, files_in, weight_files
 from llmkit.model.gguf import cached_folder, quiet_transformers
 
 if TYPE_CHECKING:
@@ -21,16 +21,6 @@ HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 HUB_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
 HUB_IGNORED = ("*/*", "consolidated*.safetensors")  # copies of the weights in other layouts
 RUN_MODELS = ("export/transformers", "finetune/model", "pretrain/model")  # newest first
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
-TOKENIZER_FILES = (
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
-    *("vocab.txt", "merges.txt", "*.model", "*.tiktoken", "chat_template.jinja", "chat_template.json"),
-)
-VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "*.model", "*.tiktoken")
-VOLATILE_KEYS = {"_name_or_path", "name_or_path", "transformers_version", "is_local", "local_files_only"}
-LARGEST_HEADER_BYTES = 100_000_000  # the safetensors format's own limit
-
 _NO_LIMIT = 10**12  # tokenizers without a limit say 10^30
 
 
@@ -67,51 +57,6 @@ def locate(uri: str) -> Path:
     return path
 
 
-def check_folder(folder: Path) -> None:
-    """Raises ArtifactError, naming the file, when a folder does not hold a whole model in safetensors.
-
-    A configuration with a tokenizer and no weights passes: that is enough to preprocess with.
-    """
-    if not (folder / "config.json").is_file():
-        raise ArtifactError(
-            "this folder does not hold a model", got=folder, expected="a folder with config.json", where=folder
-        )
-    read_json(folder / "config.json")
-    shards = _shards(folder)
-    for shard in shards:
-        _check_safetensors(shard)
-    pickles = [file.name for pattern in PICKLES for file in sorted(folder.glob(pattern))]
-    if not shards and pickles:
-        raise ArtifactError(
-            "this folder holds its weights only as a pickle, which can run any code when it is opened",
-            got=pickles[0],
-            expected=f"{WEIGHTS}, or shards with {INDEX}",
-            hint="convert it to safetensors where you trust it (model.save_pretrained writes them), and use that folder",
-            where=folder,
-        )
-    if not shards and not _files(folder, VOCABULARIES):
-        raise ArtifactError("this folder has neither weights nor a tokenizer", expected=WEIGHTS, where=folder)
-
-
-def weights_digest(folder: Path) -> str:
-    """SHA-256 over the configuration, less what changes on every save, and the bytes of the weights."""
-    shards = _shards(folder)
-    if not shards:
-        raise ArtifactError("this folder has no weights", expected=f"{WEIGHTS}, or shards with {INDEX}", where=folder)
-    return digest_json([_lasting(read_json(folder / "config.json")), digest_files(shards)])
-
-
-def tokenizer_digest(folder: Path) -> str | None:
-    """SHA-256 over the files that decide how text becomes ids, the chat template included; None without a tokenizer."""
-    if not _files(folder, VOCABULARIES):
-        return None
-    digests = {}
-    for file in _files(folder, TOKENIZER_FILES):
-        settings = file.name == "tokenizer_config.json"
-        digests[file.name] = digest_json(_lasting(read_json(file))) if settings else digest_file(file)
-    return digest_json(digests)
-
-
 def load_config(folder: Path) -> PretrainedConfig:
     """A folder's model configuration. Raises ArtifactError for a damaged one or an unknown architecture."""
     from transformers import AutoConfig
@@ -125,9 +70,9 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """A folder's tokenizer. Raises ArtifactError when it has none, or a damaged one."""
     from transformers import AutoTokenizer
 
-    if not _files(folder, VOCABULARIES):
+    if not files_in(folder, VOCABULARIES):
         raise ArtifactError("this folder has no tokenizer", expected="tokenizer.json or a vocabulary", where=folder)
-    for file in _files(folder, TOKENIZER_FILES):
+    for file in files_in(folder, TOKENIZER_FILES):
         if file.suffix == ".json":
             read_json(file)
     with _as_artifact_errors("the tokenizer cannot be loaded", folder), quiet_transformers():
@@ -144,7 +89,7 @@ def load_model(folder: Path, auto_class: str, *, dtype: str = "float32", **confi
     import torch
     import transformers
 
-    if not _shards(folder):
+    if not weight_files(folder):
         check_folder(folder)
         raise ArtifactError("this folder has no weights", expected=f"{WEIGHTS}, or shards with {INDEX}", where=folder)
     auto = getattr(transformers, auto_class)
@@ -286,48 +231,3 @@ def _newest_model(run: Path) -> Path:
     raise ArtifactError(
         "this run has no model yet", got=run, expected="one of " + ", ".join(RUN_MODELS), hint="finish the run first"
     )
-
-
-def _files(folder: Path, patterns: tuple[str, ...]) -> list[Path]:
-    return sorted({file for pattern in patterns for file in folder.glob(pattern) if file.is_file()})
-
-
-def _shards(folder: Path) -> list[Path]:
-    """The files that hold the weights, in order; none where there are no safetensors."""
-    if (folder / WEIGHTS).is_file() or not (folder / INDEX).is_file():
-        return _files(folder, (WEIGHTS,))
-    index = read_json(folder / INDEX)
-    weight_map = index.get("weight_map") if isinstance(index, dict) else None
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise ArtifactError("an index of weights is damaged", expected="an object `weight_map`", where=folder / INDEX)
-    shards = [folder / name for name in sorted(set(map(str, weight_map.values())))]
-    missing = [shard.name for shard in shards if not shard.is_file()]
-    if missing:
-        raise ArtifactError("shards of the weights are missing", got=", ".join(missing), where=folder / INDEX)
-    return shards
-
-
-def _check_safetensors(path: Path) -> None:
-    """Compares a file's size with what its header promises (https://huggingface.co/docs/safetensors)."""
-    size = path.stat().st_size
-    hint = "fetch or export it again; where it lies in a cache, remove its folder first"
-    with path.open("rb") as file:
-        header_bytes = int.from_bytes(file.read(8), "little")
-        header = file.read(header_bytes) if header_bytes <= LARGEST_HEADER_BYTES else b""
-    try:
-        tensors = {name: entry for name, entry in json.loads(header).items() if name != "__metadata__"}
-        end = 8 + header_bytes + max((entry["data_offsets"][1] for entry in tensors.values()), default=0)
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
-        raise ArtifactError("a safetensors file is damaged: its header cannot be read", hint=hint, where=path) from None
-    if size != end:
-        what = "cut short" if size < end else "longer than its header says"
-        raise ArtifactError(
-            f"a safetensors file is {what}", got=f"{size:,} bytes", expected=f"{end:,} bytes", hint=hint, where=path
-        )
-
-
-def _lasting(value: Any) -> Any:
-    """A JSON value without the keys that change whenever Transformers saves it."""
-    if isinstance(value, dict):
-        return {key: _lasting(item) for key, item in value.items() if key not in VOLATILE_KEYS}
-    return [_lasting(item) for item in value] if isinstance(value, list) else value

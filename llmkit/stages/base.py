@@ -98,7 +98,7 @@ def model_before(recipe: Recipe, run: Run, stage: str) -> Path:
 
 def model_content(recipe: Recipe, run: Run, stage: str) -> str:
     """The digest of the weights of `model_before`."""
-    from llmkit.model.loading import weights_digest
+    from llmkit.model.folder import weights_digest
 
     for earlier in upstream_models(recipe, stage):
         return str(run.stage(earlier)["content"])

@@ -9,7 +9,7 @@ import numpy as np
 
 from llmkit import catalog
 from llmkit.files import digest_json
-from llmkit.model.loading import weights_digest
+from llmkit.model.folder import weights_digest
 from llmkit.recipe.schema import Recipe, result_keys
 from llmkit.run.directory import Artifact, Run
 from llmkit.stages.base import (

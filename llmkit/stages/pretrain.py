@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from llmkit.errors import RecipeError
-from llmkit.model.loading import build_from_config, load_model, load_tokenizer, locate, longest_input, weights_digest
+from llmkit.model.folder import weights_digest
+from llmkit.model.loading import build_from_config, load_model, load_tokenizer, locate, longest_input
 from llmkit.recipe.schema import Pretrain as PretrainKeys
 from llmkit.recipe.schema import Recipe, result_keys
 from llmkit.run.directory import Artifact, Run

@@ -15,8 +15,8 @@ from llmkit import __version__, catalog
 from llmkit.data.corpus import Corpus
 from llmkit.errors import RecipeError, did_you_mean
 from llmkit.files import write_json
+from llmkit.model.folder import weights_digest
 from llmkit.model.groups import parameter_groups
-from llmkit.model.loading import weights_digest
 from llmkit.model.precision import choose_precision
 from llmkit.optim import build_optimizer
 from llmkit.recipe.schema import Recipe, Training
