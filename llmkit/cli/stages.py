@@ -6,14 +6,11 @@ import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from rich.console import Console
-from rich.markup import escape
 
 from llmkit.cli.console import ConsoleReporter, make_table, standard_error, standard_output
 from llmkit.cli.output import errors_shown, print_json
 from llmkit.cli.recipes import Flags, recipe_from, run_directory
+from llmkit.cli.results import show_metrics, show_next, show_results
 from llmkit.files import read_json
 from llmkit.recipe.load import dump_recipe
 from llmkit.recipe.schema import Recipe
@@ -102,11 +99,10 @@ class StageCommand:
         if "evaluate" in names and self.name in ("run", "evaluate"):
             show_results(console, read_json(run.path / "evaluate" / "results.json"))
         elif self._target in metrics:
-            rows = [(key, value) for key, value in metrics[self._target].items() if value is not None]
-            console.print(make_table(self.name, ("", ""), [(key, _number(value)) for key, value in rows]))
+            show_metrics(console, self.name, metrics[self._target])
         console.print(f"\nrun   {run.path}   ({seconds:.0f} s)")
         if "model" in artifacts or "export" in artifacts:
-            _show_next(console, run, recipe)
+            show_next(console, run, recipe)
 
 
 def make_reporter(*, quiet: bool) -> Reporter:
@@ -129,33 +125,6 @@ def quieten_libraries(*, verbose: bool) -> None:
     logging.getLogger("accelerate").setLevel(logging.ERROR)
 
 
-def show_results(console: Console, results: dict[str, Any]) -> None:
-    """Scores side by side, then the sample prompts with each model's answer."""
-    other = next((name for name in ("parent", "other") if name in results), None)
-    columns = ["metric"] + ([other] if other else []) + ["model"] + (["change"] if other else [])
-    rows = []
-    for metric, value in results["model"].items():
-        before = [results[other].get(metric)] if other else []
-        change = [f"{value - before[0]:+.4f}"] if before else []
-        rows.append([metric, *(f"{b:.4f}" for b in before), f"{value:.4f}", *change])
-    console.print()
-    console.print(make_table(f"held-out scores over {results['examples']} examples", columns, rows))
-    for sample in results["samples"]:
-        console.print(f"\n[dim]prompt[/]     {escape(_shortened(sample['prompt']))}")
-        console.print(f"[dim]reference[/]  {escape(sample['reference'])}")
-        for name, label in (("parent", "before"), ("other", "other"), ("model", "after" if other else "answer")):
-            if name in sample:
-                console.print(f"[dim]{label:<9}[/]  {escape(sample[name])}")
-
-
-def _show_next(console: Console, run: Run, recipe: Recipe) -> None:
-    """What to type next."""
-    if recipe.task != "classify":
-        raw = "" if recipe.task == "chat" else " --raw"
-        console.print(f'next  llmkit generate {run.path} "your prompt"{raw}')
-    console.print(f"      llmkit run {run.path}     runs only what a change of the recipe or the data touches")
-
-
 def _open(path: Path, recipe: Recipe, reporter: Reporter, *, lead: bool) -> Run:
     """Opens the run; the processes that only read wait until the first has made it."""
     if not lead:
@@ -163,13 +132,3 @@ def _open(path: Path, recipe: Recipe, reporter: Reporter, *, lead: bool) -> Run:
         while not (path / "run.json").exists() and time.monotonic() - waited < 60:
             time.sleep(0.1)
     return Run.open(path, recipe.name, dump_recipe(recipe), reporter, lead=lead)
-
-
-def _shortened(text: str, longest: int = 600) -> str:
-    return text if len(text) <= longest else f"{text[: longest // 2]} ... {text[-longest // 2 :]}"
-
-
-def _number(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:,.4f}" if abs(value) < 1e4 else f"{value:,.0f}"
-    return f"{value:,}" if isinstance(value, int) else str(value)

@@ -90,7 +90,8 @@ class _Files:
             raise DataError("the data has no rows", got=got, expected="at least one row", where=name)
 
     def digest(self) -> str:
-        return digest_json([file.digest() for file in self._files])
+        """Over the bytes, and the formats that they are read as."""
+        return digest_json([[file.suffix, file.digest()] for file in self._files])
 
 
 def _open(uri: str) -> _Source:

@@ -9,6 +9,7 @@ from llmkit import catalog
 from llmkit.data.corpus import Corpus
 from llmkit.errors import ArtifactError, RecipeError
 from llmkit.files import read_json
+from llmkit.model.folder import weights_digest
 from llmkit.model.loading import load_tokenizer, locate
 from llmkit.recipe.schema import Recipe
 from llmkit.run.directory import Artifact, Run
@@ -19,6 +20,7 @@ class Stage(Protocol):
     """One step of the pipeline. `distributed` stages run in every process, the others in the first."""
 
     name: str
+    version: int  # raised when the same inputs come to give something else, so that old artifacts are made again
     trains: bool
     distributed: bool
 
@@ -98,8 +100,6 @@ def model_before(recipe: Recipe, run: Run, stage: str) -> Path:
 
 def model_content(recipe: Recipe, run: Run, stage: str) -> str:
     """The digest of the weights of `model_before`."""
-    from llmkit.model.folder import weights_digest
-
     for earlier in upstream_models(recipe, stage):
         return str(run.stage(earlier)["content"])
     return weights_digest(model_before(recipe, run, stage))

@@ -16,12 +16,14 @@ from llmkit.recipe.schema import Recipe, result_keys
 from llmkit.run.directory import Artifact, Run
 from llmkit.stages.base import model_before, model_content, require_corpus, task_for, upstream_models
 from llmkit.tasks.base import Scores, Scoring, Task
+from llmkit.train.state import seed_everything
 
 
 class Evaluate:
     """Scores the newest model of the recipe, and its parent."""
 
     name = "evaluate"
+    version = 1
     trains = False
     distributed = False
 
@@ -44,7 +46,10 @@ class Evaluate:
         """Writes `results.json`: metrics of the model and of what it is held against, tables and sample answers."""
         corpus = require_corpus(run, _corpus_name(run), "data.eval")
         task = task_for(recipe, run, corpus, "text" if _corpus_name(run) == "pretrain-eval" else None)
-        scoring = scoring_for(recipe, run, task, len(corpus))
+        precision, why = choose_precision(recipe.evaluate.precision, default_device())
+        if why:
+            run.guess("evaluate.precision", precision, why)
+        scoring = scoring_for(recipe, task, len(corpus), precision)
         scores = {"model": _score(recipe, run, task, corpus, scoring, model_before(recipe, run, self.name), "model")}
         against = _against(recipe)
         if against is not None:
@@ -65,8 +70,8 @@ class Evaluate:
 STAGE = Evaluate()
 
 
-def scoring_for(recipe: Recipe, run: Run, task: Task, examples: int) -> Scoring:
-    """How this recipe scores a model. Raises RecipeError for a metric that the task has not."""
+def scoring_for(recipe: Recipe, task: Task, examples: int, precision: str) -> Scoring:
+    """How this recipe scores a model that computes in `precision`. Raises RecipeError for a metric that the task has not."""
     keys, device = recipe.evaluate, default_device()
     wanted = task.metrics if keys.metrics == "auto" else keys.metrics
     for name in wanted:
@@ -78,9 +83,6 @@ def scoring_for(recipe: Recipe, run: Run, task: Task, examples: int) -> Scoring:
                 hint=did_you_mean(name, task.metrics),
                 where="evaluate.metrics",
             )
-    precision, why = choose_precision(keys.precision, device)
-    if why:
-        run.guess("evaluate.precision", precision, why)
     return Scoring(
         device=device,
         autocast=lambda: autocast(device, precision),
@@ -94,8 +96,6 @@ def scoring_for(recipe: Recipe, run: Run, task: Task, examples: int) -> Scoring:
 
 def _score(recipe: Recipe, run: Run, task: Task, corpus: Corpus, scoring: Scoring, folder: Path, name: str) -> Scores:
     """Loads a model and scores it. A new head (a parent that never saw these labels) is seeded, and said to be new."""
-    from llmkit.train.state import seed_everything
-
     seed_everything(recipe.seed)
     loaded = load_model(folder, task.auto_class, **task.model_changes(load_config(folder)))
     if loaded.new_parameters:

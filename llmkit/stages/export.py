@@ -28,6 +28,7 @@ class Export:
     """Writes each format of the recipe into a folder of its own."""
 
     name = "export"
+    version = 1
     trains = False
     distributed = False
 

@@ -13,6 +13,7 @@ from llmkit.run.directory import Artifact, Run
 from llmkit.stages.base import corpus_in, model_before, model_content, require_corpus, task_for, training_record
 from llmkit.stages.evaluate import scoring_for
 from llmkit.stages.training import TrainingJob, train_and_save
+from llmkit.train.state import seed_everything
 
 # Peak rates for a parent that does not record its own. Text and chat: the rate at which Ouyang et al. (InstructGPT,
 # 2022) and most recipes since tune whole models; classify: from the range of Devlin et al. (BERT, 2019).
@@ -23,6 +24,7 @@ class Finetune:
     """Trains on the corpus `train`, starting from the pretrained or the recipe's model."""
 
     name = "finetune"
+    version = 1
     trains = True
     distributed = True
 
@@ -52,6 +54,7 @@ class Finetune:
         held_out = corpus_in(run, "eval")
         task = task_for(recipe, run, corpus)
         parent = model_before(recipe, run, self.name)
+        seed_everything(recipe.seed)
         loaded = load_model(parent, task.auto_class, **task.model_changes(load_config(parent)))
         if loaded.new_parameters:
             run.reporter.note(f"new and untrained, seeded with {recipe.seed}: {', '.join(loaded.new_parameters)}")
@@ -65,8 +68,8 @@ class Finetune:
         metrics = dict(artifact.metrics)
         if fit.accelerator.is_main_process:
             if held_out is not None and len(held_out):
-                scoring = replace(scoring_for(recipe, run, task, len(held_out)), generate=0, samples=0)
-                scores = task.evaluate(fit.unwrapped.eval(), held_out, scoring)
+                scoring = scoring_for(recipe, task, len(held_out), fit.precision)
+                scores = task.evaluate(fit.unwrapped.eval(), held_out, replace(scoring, generate=0, samples=0))
                 metrics |= scores.metrics
             fit.forget_checkpoints()
         return replace(artifact, metrics=metrics)

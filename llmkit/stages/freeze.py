@@ -19,6 +19,7 @@ class Freeze:
     """Resolves the recipe's rules against the model's anatomy. Nothing is loaded but the config."""
 
     name = "freeze"
+    version = 1
     trains = False
     distributed = False
 

@@ -101,7 +101,7 @@ def _decide(
     stage: Stage, recipe: Recipe, run: Run, target: str | None, resume: bool
 ) -> tuple[Decision, dict[str, Any]]:
     """Compares a stage's inputs with those that it last ran on."""
-    inputs = stage.inputs(recipe, run)
+    inputs = {"llmkit's own code": stage.version} | stage.inputs(recipe, run)
     entry = run.stage(stage.name)
     same = entry.get("fingerprint") == digest_json(inputs)
     if not resume and target in (None, stage.name):
@@ -186,9 +186,12 @@ class _Processes:
         self.count = int(os.environ.get("WORLD_SIZE", "1"))
         self.lead = int(os.environ.get("RANK", "0")) == 0
         if self.count > 1:
+            import torch
             from accelerate import PartialState
 
-            self._state = PartialState(timeout=_LONGEST_WAIT)
+            # Accelerate brings several processes up on CPUs only when it is told that there is nothing else.
+            self._state = PartialState(cpu=not torch.cuda.is_available(), timeout=_LONGEST_WAIT)
+            assert self._state.num_processes == self.count, "Accelerate and the launcher count processes differently"
 
     def decide(self, make: Any) -> Any:
         """The first process's decision, in every process."""

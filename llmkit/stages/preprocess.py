@@ -32,6 +32,7 @@ class Preprocess:
     """Reads, recognises, filters, splits, renders and tokenises the rows of a recipe."""
 
     name = "preprocess"
+    version = 1
     trains = False
     distributed = False
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from llmkit.errors import RecipeError
+from llmkit.errors import RecipeError, did_you_mean
 from llmkit.model.folder import weights_digest
 from llmkit.model.loading import build_from_config, load_model, load_tokenizer, locate, longest_input
 from llmkit.recipe.schema import Pretrain as PretrainKeys
@@ -22,6 +22,7 @@ class Pretrain:
     """Trains a causal language model on the corpus `pretrain`."""
 
     name = "pretrain"
+    version = 1
     trains = True
     distributed = True
 
@@ -79,8 +80,6 @@ def _config(architecture: dict[str, Any], tokenizer: Any, max_length: int) -> An
     Raises RecipeError for an architecture that Transformers has not, and for a size that this one does not know.
     """
     from transformers import CONFIG_MAPPING
-
-    from llmkit.errors import did_you_mean
 
     sizes = dict(architecture)
     kind = sizes.pop("model_type")

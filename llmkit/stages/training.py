@@ -120,7 +120,8 @@ def _accelerator(training: Training, folder: Path, stage: str) -> Any:
                 hint=did_you_mean(name, known),
                 where=f"{stage}.trackers",
             )
-    return Accelerator(log_with=list(training.trackers) or None, project_dir=str(folder))
+    cpu = not torch.cuda.is_available()  # said, because else Accelerate takes several CPU processes for one
+    return Accelerator(cpu=cpu, log_with=list(training.trackers) or None, project_dir=str(folder))
 
 
 def _precision(job: TrainingJob, device: torch.device) -> str:

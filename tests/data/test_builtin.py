@@ -226,3 +226,7 @@ def test_the_digest_follows_the_source_and_the_version(small_stdlib: Path, monke
     monkeypatch.setattr(sysconfig, "get_path", lambda _: str(small_stdlib))
     (small_stdlib / "a.py").write_text("changed = 1")
     assert source_digest("builtin:docstrings") != digest
+
+
+def test_two_data_sets_from_the_same_source_have_different_digests() -> None:
+    assert len({source_digest(f"builtin:{name}") for name in NAMES}) == len(NAMES)

@@ -45,9 +45,9 @@ def _stdlib_paths() -> Iterator[tuple[str, Path]]:
     yield from sorted((path.relative_to(root).as_posix(), path) for path in found)
 
 
-def stdlib_digest(version: int) -> str:
-    """SHA-256 over the standard library's source and the version of what is taken out of it, in hex."""
-    sha = hashlib.sha256(f"version {version}".encode())
+def stdlib_digest(taken: str, version: int) -> str:
+    """SHA-256 over the standard library's source, what is taken out of it, and the version of how, in hex."""
+    sha = hashlib.sha256(f"{taken} version {version}".encode())
     for name, path in _stdlib_paths():
         data = path.read_bytes()
         sha.update(f"\0{name}\0{len(data)}\0".encode())

@@ -37,7 +37,7 @@ class Docstrings:
 
     def digest(self) -> str:
         """SHA-256 over the source that the rows are taken from and the version of the taking."""
-        return stdlib_digest(self.version)
+        return stdlib_digest(type(self).__name__, self.version)
 
     def rows(self) -> Iterator[Row]:
         """The rows by path and line, each function's source once."""
@@ -115,7 +115,7 @@ class DocstringPackages:
 
     def digest(self) -> str:
         """SHA-256 over the source that the rows are taken from and the version of the taking."""
-        return stdlib_digest(self.version)
+        return stdlib_digest(type(self).__name__, self.version)
 
     def rows(self) -> Iterator[Row]:
         """The rows of the ten packages with the most docstrings, up to 400 each, by path and line."""

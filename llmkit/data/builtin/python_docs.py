@@ -22,7 +22,7 @@ class PythonDocs:
 
     def digest(self) -> str:
         """SHA-256 over the source that the rows are taken from and the version of the taking."""
-        return stdlib_digest(self.version)
+        return stdlib_digest(type(self).__name__, self.version)
 
     def rows(self) -> Iterator[Row]:
         """The documents of at least 200 characters by path and line."""

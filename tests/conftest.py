@@ -1,0 +1,112 @@
+"""What the tests share: tiny models with a real tokenizer, and small files of rows."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+WORDS = ("apple", "river", "stone", "green", "quiet", "seven", "light", "paper", "north", "cloud", "table", "music")
+
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def sentence(number: int) -> str:
+    """A sentence of its own for each number below 1,728."""
+    parts = (WORDS[number % 12], WORDS[number // 12 % 12], WORDS[number // 144 % 12])
+    return f"The {parts[0]} is {parts[1]} and the {parts[2]} is near item {number}."
+
+
+def write_rows(path: Path, rows: Iterable[Any]) -> Path:
+    """JSONL."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def make_tokenizer() -> Any:
+    """A byte-level BPE tokenizer trained on 120 sentences and a handful of words from chat templates."""
+    from llmkit.data.tokenizer import train_tokenizer
+
+    texts = [sentence(i) for i in range(120)] + ["system\nuser\nassistant\nName the colour of the stone."] * 3
+    return train_tokenizer(texts, "bpe", 400)
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama of 2 blocks and hidden size 32, with a ChatML template whose marks are special tokens."""
+    from transformers import LlamaConfig, LlamaForCausalLM, set_seed
+
+    folder = tmp_path_factory.mktemp("tiny-llama") / "model"
+    tokenizer = make_tokenizer()
+    tokenizer.add_special_tokens(
+        {"eos_token": "<|im_end|>", "additional_special_tokens": ["<|im_start|>", "<|im_end|>"]}
+    )
+    tokenizer.chat_template = CHATML
+    tokenizer.save_pretrained(folder)
+    set_seed(1)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A BERT encoder of 2 blocks and hidden size 32, without a classification head."""
+    from transformers import BertConfig, BertModel, set_seed
+
+    folder = tmp_path_factory.mktemp("tiny-bert") / "model"
+    tokenizer = make_tokenizer()
+    tokenizer.save_pretrained(folder)
+    set_seed(1)
+    config = BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=128,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    BertModel(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def chat_rows(tmp_path: Path) -> Path:
+    """60 conversations of one question and one answer."""
+    rows = (
+        {"messages": [{"role": "user", "content": sentence(i)}, {"role": "assistant", "content": WORDS[i % 12]}]}
+        for i in range(60)
+    )
+    return write_rows(tmp_path / "chat.jsonl", rows)
+
+
+@pytest.fixture
+def label_rows(tmp_path: Path) -> Path:
+    """60 texts with one of three labels."""
+    return write_rows(
+        tmp_path / "labels.jsonl", ({"text": sentence(i), "label": ("a", "b", "c")[i % 3]} for i in range(60))
+    )
+
+
+@pytest.fixture
+def text_rows(tmp_path: Path) -> Path:
+    """60 documents of two sentences."""
+    return write_rows(tmp_path / "text.jsonl", ({"text": sentence(i) + " " + sentence(i + 100)} for i in range(60)))
