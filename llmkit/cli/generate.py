@@ -33,7 +33,8 @@ def generate_command(
             )
         quieten_libraries(verbose=verbose)
         from llmkit.model.generation import generate_text
-        from llmkit.model.loading import load_model, load_tokenizer, locate
+        from llmkit.model.loading import load_model, load_tokenizer
+        from llmkit.model.location import locate
 
         folder = locate(model)
         tokenizer = load_tokenizer(folder)

@@ -7,12 +7,12 @@ import io
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from llmkit.errors import ArtifactError, ResourceError
 from llmkit.files import digest_file, digest_json, sync_folder
+from llmkit.model.loading import load_model, load_tokenizer, quiet_transformers
 
 CONVERSION_VERSION = 1  # raise it when `convert` writes something else for the same file
 MAGIC = b"GGUF"
@@ -87,22 +87,6 @@ def convert(gguf: Path, folder: Path) -> None:
     _check_tokenizer(tokenizer, folder, gguf)
 
 
-@contextlib.contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Transformers without progress bars and warnings: what they say is checked and reported by the caller."""
-    from transformers.utils import logging
-
-    bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
-
-
 def _check_complete(gguf: Path) -> None:
     """Reads the header and maps every tensor, which fails for a file that is cut short."""
     from gguf import GGUFReader
@@ -144,8 +128,6 @@ def _read(gguf: Path) -> tuple[Any, Any]:
 def _check_weights(model: Any, folder: Path, gguf: Path) -> None:
     import torch
 
-    from llmkit.model.loading import load_model
-
     expected = model.state_dict()
     loaded = load_model(folder, "AutoModelForCausalLM")
     state = loaded.model.state_dict()
@@ -156,7 +138,6 @@ def _check_weights(model: Any, folder: Path, gguf: Path) -> None:
 
 
 def _check_tokenizer(tokenizer: Any, folder: Path, gguf: Path) -> None:
-    from llmkit.model.loading import load_tokenizer
 
     loaded = load_tokenizer(folder)
     expected, got = tokenizer(PROBE)["input_ids"], loaded(PROBE)["input_ids"]

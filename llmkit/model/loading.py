@@ -1,26 +1,20 @@
-"""Models by URI: found, checked and loaded from a local Transformers folder, without remote code and without pickles."""
+"""Configurations, tokenizers and models from a local Transformers folder, without remote code and without pickles."""
 
 from __future__ import annotations
 
 import contextlib
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmkit.errors import ArtifactError, did_you_mean
-from llmkit.files import package_path, read_json
+from llmkit.errors import ArtifactError
+from llmkit.files import read_json
 from llmkit.model.folder import INDEX, TOKENIZER_FILES, VOCABULARIES, WEIGHTS, check_folder, files_in, weight_files
-from llmkit.model.gguf import cached_folder, quiet_transformers
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
-HUB_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
-HUB_IGNORED = ("*/*", "consolidated*.safetensors")  # copies of the weights in other layouts
-RUN_MODELS = ("export/transformers", "finetune/model", "pretrain/model")  # newest first
 _NO_LIMIT = 10**12  # tokenizers without a limit say 10^30
 
 
@@ -31,30 +25,6 @@ class LoadedModel:
     model: Any
     new_parameters: tuple[str, ...]
     unused_parameters: tuple[str, ...]
-
-
-def locate(uri: str) -> Path:
-    """The local Transformers folder that a model URI names, checked to be whole.
-
-    A URI is a folder, a run directory (its newest model), a `.gguf` file (de-quantised once into the user's cache), a
-    `pkg://PACKAGE/path` of these, or a hub id `owner/name[@revision]`. Weights are not read, only their headers.
-    Raises ArtifactError for what is missing, damaged, or holds only pickled weights.
-    """
-    path = package_path(uri) if uri.startswith("pkg://") else Path(uri).expanduser()
-    if not path.exists():
-        if not _is_hub_id(uri):
-            raise _missing(uri, path)
-        path = _snapshot(uri)
-    if path.is_file():
-        if path.suffix.lower() != ".gguf":
-            raise ArtifactError(
-                "a model is a folder or a .gguf file", got=uri, hint=f"the folder may be `{path.parent}`", where=path
-            )
-        path = cached_folder(path)
-    elif (path / "run.json").is_file():
-        path = _newest_model(path)
-    check_folder(path)
-    return path
 
 
 def load_config(folder: Path) -> PretrainedConfig:
@@ -143,6 +113,22 @@ def _from_config(config: PretrainedConfig, auto_class: str) -> PreTrainedModel:
 
 
 @contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Transformers without progress bars and warnings: what they say is checked and reported by the caller."""
+    from transformers.utils import logging
+
+    bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+@contextlib.contextmanager
 def _as_artifact_errors(what: str, where: object) -> Iterator[None]:
     """Turns what Transformers raises for a bad folder into an ArtifactError; running out of memory stays what it is."""
     import torch
@@ -182,52 +168,3 @@ def _new_parameters(
             "weights do not have the shapes that config.json asks for", got="; ".join(wrong_shapes[:5]), where=folder
         )
     return tuple(sorted(missing | set(shapes)))
-
-
-def _is_hub_id(uri: str) -> bool:
-    return HUB_ID.fullmatch(uri) is not None and uri[0] not in ".~" and Path(uri).suffix.lower() != ".gguf"
-
-
-def _snapshot(uri: str) -> Path:
-    """A hub model's files, from the local cache or downloaded into it."""
-    from huggingface_hub import snapshot_download
-
-    name, _, revision = uri.partition("@")
-    try:
-        with quiet_transformers():
-            return Path(
-                snapshot_download(
-                    name, revision=revision or None, allow_patterns=list(HUB_FILES), ignore_patterns=list(HUB_IGNORED)
-                )
-            )
-    except Exception as error:  # whatever the network, its libraries and the hub can raise
-        raise ArtifactError(
-            f"`{uri}` is neither a local path nor a model that can be had from the hub",
-            got=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
-            expected="a folder, a .gguf file, pkg://PACKAGE/path, or a hub id that is cached or can be downloaded",
-            hint=_nearest_sibling(Path(uri))
-            or "HF_HOME names the folder that holds the cache; with HF_HUB_OFFLINE=1 only cached models are found",
-        ) from None
-
-
-def _missing(uri: str, path: Path) -> ArtifactError:
-    return ArtifactError(
-        f"there is no model at `{uri}`",
-        got=uri,
-        expected="a folder, a .gguf file, pkg://PACKAGE/path, or a hub id `owner/name`",
-        hint=_nearest_sibling(path),
-    )
-
-
-def _nearest_sibling(path: Path) -> str | None:
-    siblings = [item.name for item in path.parent.iterdir()] if path.parent.is_dir() else []
-    return did_you_mean(path.name, siblings)
-
-
-def _newest_model(run: Path) -> Path:
-    for inner in RUN_MODELS:
-        if (run / inner / "config.json").is_file():
-            return run / inner
-    raise ArtifactError(
-        "this run has no model yet", got=run, expected="one of " + ", ".join(RUN_MODELS), hint="finish the run first"
-    )

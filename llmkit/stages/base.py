@@ -10,7 +10,8 @@ from llmkit.data.corpus import Corpus
 from llmkit.errors import ArtifactError, RecipeError
 from llmkit.files import read_json
 from llmkit.model.folder import weights_digest
-from llmkit.model.loading import load_tokenizer, locate
+from llmkit.model.loading import load_tokenizer
+from llmkit.model.location import locate
 from llmkit.recipe.schema import Recipe
 from llmkit.run.directory import Artifact, Run
 from llmkit.tasks.base import Task, TaskSettings

@@ -10,7 +10,8 @@ from llmkit.data.corpus import Corpus
 from llmkit.errors import RecipeError, did_you_mean
 from llmkit.files import digest_json, write_json
 from llmkit.model.folder import weights_digest
-from llmkit.model.loading import load_config, load_model, locate
+from llmkit.model.loading import load_config, load_model
+from llmkit.model.location import locate
 from llmkit.model.precision import autocast, choose_precision, default_device
 from llmkit.recipe.schema import Recipe, result_keys
 from llmkit.run.directory import Artifact, Run

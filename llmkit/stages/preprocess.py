@@ -16,7 +16,8 @@ from llmkit.data.tokenizer import train_tokenizer
 from llmkit.errors import DataError, RecipeError
 from llmkit.files import digest_file, digest_json, write_atomically, write_json
 from llmkit.model.folder import tokenizer_digest
-from llmkit.model.loading import load_config, load_tokenizer, locate, longest_input
+from llmkit.model.loading import load_config, load_tokenizer, longest_input
+from llmkit.model.location import locate
 from llmkit.recipe.schema import Data, Recipe, Source, Tokenizer
 from llmkit.recipe.values import count_of, is_share
 from llmkit.run.directory import Artifact, Run

@@ -6,7 +6,8 @@ from typing import Any
 
 from llmkit.errors import RecipeError, did_you_mean
 from llmkit.model.folder import weights_digest
-from llmkit.model.loading import build_from_config, load_model, load_tokenizer, locate, longest_input
+from llmkit.model.loading import build_from_config, load_model, load_tokenizer, longest_input
+from llmkit.model.location import locate
 from llmkit.recipe.schema import Pretrain as PretrainKeys
 from llmkit.recipe.schema import Recipe, result_keys
 from llmkit.run.directory import Artifact, Run

@@ -9,7 +9,8 @@ from llmkit.data.gather import Gathered, Kept, Request, gather
 from llmkit.data.sources import Rejected
 from llmkit.data.split import held_out, position
 from llmkit.errors import DataError, RecipeError
-from llmkit.model.loading import load_config, locate
+from llmkit.model.loading import load_config
+from llmkit.model.location import locate
 from llmkit.recipe.schema import Data, Recipe, Source
 from llmkit.recipe.values import is_share, share
 from llmkit.run.directory import Run

@@ -29,7 +29,8 @@ from llmkit.errors import ArtifactError
 from llmkit.model import gguf as gguf_module
 from llmkit.model.folder import tokenizer_digest, weights_digest
 from llmkit.model.freezing import FreezeRules, plan_freeze
-from llmkit.model.loading import build_from_config, build_on_meta, load_config, load_model, load_tokenizer, locate
+from llmkit.model.loading import build_from_config, build_on_meta, load_config, load_model, load_tokenizer
+from llmkit.model.location import locate
 
 SIZE = {
     "hidden_size": 16,
