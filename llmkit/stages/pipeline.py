@@ -6,6 +6,7 @@ wait for it between stages.
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import threading
@@ -18,7 +19,7 @@ from types import FrameType
 from typing import Any
 
 from llmkit import catalog
-from llmkit.errors import ArtifactError, InterruptedByUserError, LlmkitError, StoppedError
+from llmkit.errors import ArtifactError, InterruptedByUserError, LlmkitError, ResourceError, StoppedError
 from llmkit.files import digest_json
 from llmkit.recipe.schema import STAGES, Recipe
 from llmkit.run.directory import Run
@@ -57,6 +58,7 @@ def run_stages(recipe: Recipe, run: Run, target: str | None, *, resume: bool = T
     """
     processes = _Processes()
     decisions = []
+    run.record |= {"seed": recipe.seed, "parent": recipe.model}
     with _stop_by_signal():
         for name in stages_for(recipe, target):
             stage = _stage(name)
@@ -154,9 +156,29 @@ def _noting_failure(run: Run, name: str) -> Iterator[None]:
     except LlmkitError as error:
         run.note_state(name, error.kind)
         raise
-    except Exception:
+    except Exception as error:
         run.note_state(name, "failed")
-        raise
+        lack = _lack_of_resources(error, name)
+        if lack is None:
+            raise
+        raise lack from error
+
+
+def _lack_of_resources(error: Exception, name: str) -> ResourceError | None:
+    """What the machine lacked, when that is why a stage failed; PyTorch and safetensors have no types of their own for it."""
+    text = str(error)
+    if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError) or "can't allocate memory" in text:
+        hint = f"set {name}.micro_batch_size to compute fewer examples at once, or lower data.max_length"
+        return ResourceError("there is not enough memory", got=text.splitlines()[0] if text else None, hint=hint)
+    if getattr(error, "errno", None) == errno.ENOSPC or "No space left on device" in text:
+        return ResourceError(
+            "the disk is full", got=text, hint="free some space; the same command then goes on from there"
+        )
+    if isinstance(error, PermissionError) or getattr(error, "errno", None) == errno.EROFS:
+        return ResourceError(
+            "a file cannot be written or read", got=text, hint="look at the permissions, or choose another -o"
+        )
+    return None
 
 
 @contextmanager

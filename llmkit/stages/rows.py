@@ -67,10 +67,11 @@ class RecipeRows:
         finally:
             progress.close()
         for uri, chosen in gathered.formats.items():
-            columns = ", ".join(f"{name} = `{column}`" for name, column in chosen.columns.items())
-            self.formats[uri] = f"{chosen.name} ({columns}), " + ("on sight" if chosen.guessed else "as named")
+            renamed = ", ".join(f"{name} = `{column}`" for name, column in chosen.columns.items() if name != column)
+            shown = f"{chosen.name} ({renamed})" if renamed else chosen.name
+            self.formats[uri] = f"{shown}, " + (f"told from {chosen.guessed}" if chosen.guessed else "as named")
             if chosen.guessed:
-                self._run.guess(f"{key} format", f"{chosen.name} ({columns})", chosen.guessed)
+                self._run.guess(f"{key} format", shown, chosen.guessed)
         self.read += gathered.read
         self.rejected += gathered.rejected
         self.filtered += gathered.filtered

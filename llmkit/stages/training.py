@@ -86,7 +86,12 @@ def train_and_save(job: TrainingJob) -> tuple[Artifact, Fit]:
         weights_digest(model_folder),
         relative_files(run, model_folder),
         _metrics(state, fit),
-        {"precision": precision, "learning_rate": job.lr, "processes": accelerator.num_processes},
+        {
+            "precision": precision,
+            "learning_rate": job.lr,
+            "processes": accelerator.num_processes,
+            "device": torch.cuda.get_device_name() if accelerator.device.type == "cuda" else accelerator.device.type,
+        },
     )
     return artifact, fit
 
