@@ -59,13 +59,15 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ArtifactError("a file is missing", got=path, hint="run the stage that writes it again") from None
+        raise ArtifactError(
+            "a file is missing", got=path, hint="restore it, or make it again with what writes it"
+        ) from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ArtifactError(
             "a file is damaged",
             got=str(error),
             expected="JSON",
-            hint="remove it and run the stage that writes it again",
+            hint="restore it, or make it again with what wrote it",
             where=path,
         ) from None
 

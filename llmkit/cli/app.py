@@ -21,13 +21,13 @@ app = typer.Typer(
 )
 
 _STAGE_HELP = {
-    "run": "Run all stages of a recipe; what did not change is not run again.",
-    "preprocess": "Turn rows into a tokenised corpus, split into training and held-out data.",
-    "pretrain": "Learn from plain text, from scratch or on from pretrained weights.",
-    "freeze": "Decide which parameters stand still, and show what that saves.",
+    "run": "Run all stages whose inputs changed.",
+    "preprocess": "Turn rows into tokens, to train on and to hold out.",
+    "pretrain": "Learn from plain text, from scratch or further.",
+    "freeze": "Decide which parameters stand still.",
     "finetune": "Learn a task with a lowered learning rate.",
     "evaluate": "Score a model and its parent on held-out data.",
-    "export": "Write the model for use elsewhere, load it back and compare.",
+    "export": "Write the model for use elsewhere, and compare.",
 }
 
 
@@ -76,7 +76,7 @@ for _name in _STAGE_HELP:
     _add_stage_command(_name)
 
 
-@app.command(help="Show what the model will see: how rows are understood, tokens, and which of them are supervised.")
+@app.command(help="Show rows as the model will see them, token by token.")
 def inspect(
     recipe: options.RecipeFile = None,
     model: options.Model = None,
@@ -95,7 +95,7 @@ def inspect(
     inspect_command(flags, examples=examples, as_json=as_json, quiet=quiet, verbose=verbose)
 
 
-@app.command(help="Answer a prompt, given as an argument or on standard input, through the model's chat template.")
+@app.command(help="Answer a prompt through the model's chat template.")
 def generate(
     model: Annotated[str, typer.Argument(help="A model's URI or a run directory")],
     prompt: Annotated[str | None, typer.Argument(help="The prompt; standard input when absent")] = None,
@@ -116,7 +116,7 @@ def generate(
     generate_command(model, prompt, system, sampling, raw=raw, as_json=as_json, verbose=verbose)
 
 
-@app.command(help="Print the JSON schema of a recipe: every key, its type, its default and its meaning.")
+@app.command(help="Print the JSON schema of a recipe: all its keys.")
 def schema() -> None:
     from llmkit.cli.output import print_json
     from llmkit.recipe.schema import Recipe

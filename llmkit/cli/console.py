@@ -78,9 +78,18 @@ def standard_output() -> Console:
 
 def make_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> Table:
     """Rows as a Rich table; numbers stand to the right."""
-    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2))
+    table = Table(
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        box=None,
+        pad_edge=False,
+        padding=(0, 2),
+        show_header=any(columns),
+    )
     for number, column in enumerate(columns):
-        right = bool(rows) and all(isinstance(row[number], int | float) for row in rows)
+        cells = [row[number] for row in rows if row[number] not in ("", None)]
+        right = bool(cells) and all(isinstance(cell, int | float) for cell in cells)
         table.add_column(column, justify="right" if right else "left", overflow="fold", header_style="dim")
     for row in rows:
         table.add_row(*(escape(_cell(value)) for value in row))
@@ -88,6 +97,8 @@ def make_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]
 
 
 def _cell(value: Any) -> str:
+    if value is None:
+        return ""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return str(value)
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from llmkit.cli.output import errors_shown, print_json
 from llmkit.cli.stages import quieten_libraries
 from llmkit.errors import UsageError
+
+_WRITERS = ("CausalLM", "LMHead", "ConditionalGeneration")
 
 
 @dataclass(frozen=True)
@@ -27,16 +30,19 @@ def generate_command(
     """Writes the answer to standard output as it comes."""
     with errors_shown(as_json=as_json):
         text = prompt if prompt is not None else _standard_input()
+        if not text.strip():
+            raise UsageError("the prompt is empty", expected="a prompt as an argument or on standard input")
         if raw and system:
             raise UsageError(
                 "--raw has no place for a system message", got="--raw --system", hint="leave one of them out"
             )
         quieten_libraries(verbose=verbose)
         from llmkit.model.generation import generate_text
-        from llmkit.model.loading import load_model, load_tokenizer
+        from llmkit.model.loading import load_config, load_model, load_tokenizer
         from llmkit.model.location import locate
 
         folder = locate(model)
+        _refuse_other_kinds(load_config(folder).architectures, folder)
         tokenizer = load_tokenizer(folder)
         loaded = load_model(folder, "AutoModelForCausalLM").model.eval()
         rendered = _rendered(tokenizer, text, system, raw=raw)
@@ -47,6 +53,18 @@ def generate_command(
             print_json({"status": "done", "command": "generate", "prompt": rendered, "answer": answer})
         else:
             _write("\n")
+
+
+def _refuse_other_kinds(architectures: list[str] | None, folder: Path) -> None:
+    """Raises UsageError for a model whose head does not write text."""
+    if architectures and not any(word in name for name in architectures for word in _WRITERS):
+        raise UsageError(
+            "the model does not write text",
+            got=", ".join(architectures),
+            expected="a causal language model",
+            hint="`llmkit evaluate` scores a classifier",
+            where=folder,
+        )
 
 
 def _rendered(tokenizer: Any, text: str, system: str | None, *, raw: bool) -> str:
@@ -75,12 +93,9 @@ def _standard_input() -> str:
     if sys.stdin.isatty():
         raise UsageError("there is no prompt", expected="a prompt as an argument or on standard input")
     try:
-        text = sys.stdin.read()
+        return sys.stdin.read()
     except UnicodeDecodeError as error:
         raise UsageError("standard input is not UTF-8 text", got=str(error)) from None
-    if not text.strip():
-        raise UsageError("the prompt is empty", expected="a prompt as an argument or on standard input")
-    return text
 
 
 def _write(piece: str) -> None:

@@ -30,7 +30,12 @@ def inspect_command(flags: Flags, *, examples: int, as_json: bool, quiet: bool, 
         found = inspect_data(recipe, Run(Path(), {"stages": {}, "guesses": {}}, reporter, None), examples)
         if as_json:
             rejected = [{"where": str(r.where), "reason": r.reason} for r in found.unusable]
-            fields = {name: getattr(found, name) for name in ("task", "formats", "facts", "counts", "percentiles")}
+            fields = {name: getattr(found, name) for name in ("task", "formats", "facts", "counts")}
+            fields["percentiles"] = {
+                name: dict(zip(map(str, PERCENTILES), values, strict=True))
+                for name, values in found.percentiles.items()
+                if values
+            }
             shown = [asdict(example) for example in found.examples]
             print_json({"status": "done", "command": "inspect"} | fields | {"unusable": rejected, "examples": shown})
             return
@@ -52,7 +57,7 @@ def _show_understanding(console: Console, found: Any) -> None:
     for uri, understood in found.formats.items():
         console.print(f"[bold]rows[/]       {escape(uri)}: {escape(understood)}")
     for key, value in found.facts.items():
-        text = str(value).strip("\n")
+        text = ", ".join(map(str, value)) if isinstance(value, list) else str(value).strip("\n")
         console.print(f"[bold]{escape(key.replace('_', ' ')):<10}[/] ", end="")
         console.print(escape(text), soft_wrap=True)
 

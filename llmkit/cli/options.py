@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 RecipeFile = Annotated[
-    Path | None, typer.Argument(metavar="[RECIPE]", help="A recipe (YAML); without one, the flags make it.")
+    Path | None,
+    typer.Argument(metavar="RECIPE", help="A recipe (YAML) or a run directory; without one, the flags make it."),
 ]
 Model = Annotated[str | None, typer.Option("--model", "-m", help="model: folder, .gguf, hub id or pkg://PACKAGE/path")]
 Data = Annotated[
@@ -18,9 +19,9 @@ EvalData = Annotated[str | None, typer.Option("--eval-data", help="data.eval: a 
 Task = Annotated[str | None, typer.Option("--task", "-t", help="task: text, chat or classify")]
 Out = Annotated[Path | None, typer.Option("--out", "-o", help="The run directory [default: runs/NAME]")]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any recipe key, dotted; repeatable")]
-Seed = Annotated[int | None, typer.Option("--seed", help="seed")]
+Seed = Annotated[int | None, typer.Option("--seed", help="seed: of the order of data, new weights and dropout")]
 Resume = Annotated[bool, typer.Option("--resume/--no-resume", help="Go on from what is there, or start anew")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would run and why; run nothing")]
-Json = Annotated[bool, typer.Option("--json", help="One JSON object on standard output")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Only the result and errors")]
-Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Also what the libraries say")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only the result and errors")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Print also what the libraries say")]

@@ -63,10 +63,12 @@ def show_error(error: LlmkitError, *, as_json: bool) -> None:
 
 
 def _show_problem(console: Console, problem: Problem, heading: str) -> None:
+    """What, then where, got, expected and hint; nothing is said twice."""
     console.print(f"{heading}{escape(problem.what)}")
     for name in ("where", "got", "expected", "hint"):
         value = getattr(problem, name)
-        if value:
+        said = name == "got" and (value == problem.where or f"`{value}`" in problem.what)
+        if value and not said and not (name == "got" and problem.what.startswith("unknown key")):
             console.print(f"  [dim]{name:<9}[/]{escape(value)}")
 
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from llmkit.errors import DataError, LlmkitError, UsageError
 from llmkit.files import read_json
 from llmkit.recipe.load import Override, load_recipe, parse_set
 from llmkit.recipe.schema import Recipe
+from llmkit.recipe.values import is_share
 from llmkit.run.reporter import Reporter
 
 _STAGES_OF = {
@@ -54,10 +57,38 @@ def recipe_from(flags: Flags, command: str, reporter: Reporter) -> Recipe:
         )
         if value is not None
     ]
+    _refuse_twice(named, settings)
+    if flags.recipe is None and command in ("evaluate", "export"):
+        _refuse_trained(flags.out, command)
     if flags.recipe is not None:
         path = flags.recipe / "recipe.yaml" if (flags.recipe / "run.json").is_file() else flags.recipe
         return load_recipe(path, [*named, *settings])
     return load_recipe(None, [*_defaults(flags, command, settings, reporter), *named, *settings])
+
+
+def _refuse_twice(named: list[Override], settings: list[Override]) -> None:
+    """Raises UsageError when two flags, or a flag and a --set, give one key; of two --set the last one counts."""
+    seen: dict[str, str] = {}
+    for override in [*named, *{setting.key: setting for setting in settings}.values()]:
+        if override.key in seen:
+            raise UsageError(
+                f"`{override.key}` is given twice",
+                got=f"{seen[override.key]} and {override.flag}",
+                hint="leave one of them out",
+            )
+        seen[override.key] = override.flag
+
+
+def _refuse_trained(out: Path | None, command: str) -> None:
+    """Raises UsageError when --out is a run that trained a model: the flags would make a recipe without its training."""
+    stages = read_json(out / "run.json").get("stages", {}) if out and (out / "run.json").is_file() else {}
+    if {"pretrain", "finetune"} & set(stages):
+        raise UsageError(
+            f"the run directory has a model of its own, and a recipe that `{command}` should follow",
+            got=f"--out {out}",
+            hint=f"`llmkit {command} {out}`; to {command} another model, choose another -o",
+            where=out,
+        )
 
 
 def run_directory(flags: Flags, recipe: Recipe) -> Path:
@@ -73,26 +104,49 @@ def run_directory(flags: Flags, recipe: Recipe) -> Path:
 
 def _defaults(flags: Flags, command: str, settings: list[Override], reporter: Reporter) -> list[Override]:
     """What a command line without a recipe leaves open: the name, the stages and the task."""
-    given = {override.key for override in settings}
-    known = {"model": flags.model, "data": flags.data}
-    if not any(known.values()) and not given:
-        raise UsageError(
-            "there is nothing to work on",
-            expected="a recipe, or --model and --data",
-            hint=f"`llmkit {command} RECIPE`, or `llmkit {command} --model M --data rows.jsonl`",
-        )
+    given = {override.key: override.value for override in settings}
+    sections = {key.split(".")[0] for key in given}
+    data = flags.data or flags.eval_data or given.get("data.train") or given.get("pretrain.data")
+    _refuse_gaps(flags, command, given, has_data=data is not None)
     defaults = []
     if "name" not in given:
         name = flags.out.resolve().name if flags.out else Path(str(flags.data or flags.model or command)).name
         defaults.append(Override("name", _plain_name(name), "--out" if flags.out else "--data"))
     if "stages" not in given:
         stages = list(_STAGES_OF[command])
-        if any(key.split(".")[0] == "freeze" for key in given) and "finetune" in stages:
+        if "freeze" in sections and "finetune" in stages:
             stages.insert(stages.index("finetune"), "freeze")
         defaults.append(Override("stages", stages, command))
+    if command == "pretrain" and "pretrain" not in sections:
+        defaults.append(Override("pretrain", {}, command))
     if flags.task is None and "task" not in given:
-        defaults.append(Override("task", _guess_task(flags.data, reporter), "--data"))
+        if isinstance(data, str) and not is_share(data):
+            defaults.append(Override("task", _task_of_rows(data, reporter), "--data"))
+        else:
+            defaults.append(Override("task", _task_of_model(flags.model, reporter), "--model"))
     return defaults
+
+
+def _refuse_gaps(flags: Flags, command: str, given: Mapping[str, Any], *, has_data: bool) -> None:
+    """Raises UsageError when the flags do not say what to work on, before anything is made of them."""
+    has_model = flags.model is not None or "model" in given or any("architecture" in key for key in given)
+    needed = [("--model", "M", has_model)]
+    if command not in ("freeze", "export"):
+        needed.append(("--data", "rows.jsonl", has_data or "data" in given))
+    missing = [flag for flag, _, there in needed if not there]
+    if missing:
+        example = " ".join(f"{flag} {value}" for flag, value, _ in needed)
+        raise UsageError(
+            "there is nothing to work on" if len(missing) == len(needed) else f"{missing[0]} is missing",
+            expected="a recipe, or " + " and ".join(flag for flag, _, _ in needed),
+            hint=f"`llmkit {command} RECIPE`, or `llmkit {command} {example}`",
+        )
+    if command == "freeze" and not any(key.split(".")[0] == "freeze" for key in given):
+        raise UsageError(
+            "nothing says what to freeze",
+            expected="--set freeze.blocks=0-3, --set freeze.embeddings=true, or others",
+            hint="`llmkit schema` has all keys of `freeze`",
+        )
 
 
 def _plain_name(text: str) -> str:
@@ -101,14 +155,11 @@ def _plain_name(text: str) -> str:
     return "".join(c if c.isalnum() or c in "_-" else "-" for c in stem).strip("-_") or "run"
 
 
-def _guess_task(data: str | None, reporter: Reporter) -> str:
+def _task_of_rows(data: str, reporter: Reporter) -> str:
     """The task that the rows look made for: conversations before labels before plain text."""
     from llmkit.data.rows import choose_format
     from llmkit.data.sources import Row, read_rows
 
-    if data is None:
-        reporter.guess("task", "text", "there is no data to tell it from")
-        return "text"
     sample = [row for row in islice(read_rows(data), 20) if isinstance(row, Row)]
     for kind, task in _TASK_OF_KIND.items():
         try:
@@ -125,3 +176,20 @@ def _guess_task(data: str | None, reporter: Reporter) -> str:
         hint="name the task, and the columns with --set 'data.columns={prompt: question, completion: answer}'",
         where=data,
     )
+
+
+def _task_of_model(model: str | None, reporter: Reporter) -> str:
+    """The task that a model's head and template were made for."""
+    task, why = "text", "there is no data to tell it from"
+    if model is not None:
+        from llmkit.model.loading import load_config, load_tokenizer
+        from llmkit.model.location import locate
+
+        folder = locate(model)
+        architectures = list(load_config(folder).architectures or [])
+        if any(name.endswith("ForSequenceClassification") for name in architectures):
+            task, why = "classify", f"the model is a {architectures[0]}"
+        elif load_tokenizer(folder).chat_template:
+            task, why = "chat", "the model has a chat template"
+    reporter.guess("task", task, why)
+    return task

@@ -14,7 +14,7 @@ from llmkit.run.directory import Run
 
 def show_metrics(console: Console, title: str, metrics: dict[str, Any]) -> None:
     """What one stage measured."""
-    rows = [(key, _number(value)) for key, value in metrics.items() if value is not None]
+    rows = [(key, _readable(key, value)) for key, value in metrics.items() if value is not None]
     console.print(make_table(title, ("", ""), rows))
 
 
@@ -52,13 +52,23 @@ def _without_common_parts(prompts: list[str], longest: int = 600) -> list[str]:
 
 def show_next(console: Console, run: Run, recipe: Recipe) -> None:
     """What to type next."""
+    commands = []
     if recipe.task != "classify":
         raw = "" if recipe.task == "chat" else " --raw"
-        console.print(f'next  llmkit generate {run.path} "your prompt"{raw}')
-    console.print(f"      llmkit run {run.path}     runs only what a change of the recipe or the data touches")
+        commands.append(f'llmkit generate {run.path} "your prompt"{raw}')
+    commands.append(f"llmkit run {run.path}     runs only what a change of the recipe or the data touches")
+    for number, command in enumerate(commands):
+        console.print(f"{'' if number else 'next':<6}{escape(command)}")
 
 
-def _number(value: Any) -> str:
+def _readable(key: str, value: Any) -> str:
+    """A metric with its unit."""
+    if key.endswith("bytes"):
+        return f"{value / 2**20:,.1f} MiB"
+    if key.endswith("_per_second"):
+        return f"{value:,.0f}"
+    if key.endswith("seconds"):
+        return f"{value:,.1f} s"
     if isinstance(value, float):
         return f"{value:,.4f}" if abs(value) < 1e4 else f"{value:,.0f}"
     return f"{value:,}" if isinstance(value, int) else str(value)

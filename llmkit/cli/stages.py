@@ -48,6 +48,9 @@ class StageCommand:
             path = run_directory(self.flags, recipe)
         with errors_shown(as_json=self.as_json and lead, run_dir=path):
             quieten_libraries(verbose=self.verbose)
+            from llmkit.stages.preflight import check_recipe
+
+            check_recipe(recipe)
             if dry_run:
                 self._dry_run(recipe, path)
                 return
@@ -69,8 +72,7 @@ class StageCommand:
     def _dry_run(self, recipe: Recipe, path: Path) -> None:
         from llmkit.stages.pipeline import decide_all
 
-        known = read_json(path / "run.json") if (path / "run.json").exists() else {"stages": {}, "guesses": {}}
-        decisions = decide_all(recipe, Run(path, known, SilentReporter(), None), self._target, resume=self.resume)
+        decisions = decide_all(recipe, Run.peek(path, recipe.name), self._target, resume=self.resume)
         if self.as_json:
             stages = {d.stage: {"runs": d.runs, "why": d.why} for d in decisions}
             print_json({"status": "dry run", "command": self.name, "run_dir": str(path), "stages": stages})

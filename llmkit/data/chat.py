@@ -5,8 +5,9 @@ Where they stand is found in one of two ways, and never guessed:
 
 - The template marks them with `{% generation %}`: Transformers reports their place.
 - Otherwise the conversation is rendered up to each assistant turn with the generation prompt and through it; the turn is
-  what the second has more than the first. A template that rewrites earlier turns (it drops old thinking, say) breaks the
-  prefix; then every assistant turn becomes an example of its own, rendered as the model would see it when it answers.
+  what the second has more than the first. A template without a generation prompt must write nothing of its own before
+  the answer. A template that rewrites earlier turns (it drops old thinking, say) breaks the prefix; then every assistant
+  turn becomes an example of its own, rendered as the model would see it when it answers.
 
 What remains unclear is refused. Templates run in Transformers' sandbox.
 """
@@ -20,6 +21,11 @@ from typing import Any
 from llmkit.errors import RecipeError
 
 Span = tuple[int, int]
+
+_NO_END = (
+    "the chat template does not end an answer with a special token, so the model could not learn to stop; "
+    "name another with `data.chat_template`"
+)
 
 
 @dataclass(frozen=True)
@@ -53,7 +59,7 @@ class ChatRenderer:
         added = (str(token) for token in tokenizer.added_tokens_decoder.values() if token.special)
         special = sorted({*map(str, tokenizer.all_special_tokens), *added} - {""}, key=len, reverse=True)
         token = "(?:" + "|".join(map(re.escape, special)) + ")" if special else "(?!)"
-        self._closing = re.compile(rf"(\s*{token})(?:\s*{token})*\s*$")
+        self._closing = re.compile(rf"({token})(?:\s*{token})*\s*$")
         self._following = re.compile(rf"(\s*{token})")
 
     def render(self, row: dict[str, Any]) -> list[Rendered]:
@@ -79,26 +85,34 @@ class ChatRenderer:
 
     def _by_marks(self, messages: list[dict[str, Any]], tools: Any) -> Rendered:
         """The spans that `{% generation %}` marks; a turn that is not to be learnt is left out of them."""
-        out = self.tokenizer.apply_chat_template(
-            _plain(messages),
-            tools=tools,
-            chat_template=self.template,
-            return_assistant_tokens_mask=True,
-            return_dict=True,
-            tokenizer_kwargs={"return_offsets_mapping": True},
-        )
-        text = self._text(messages, tools)
+        text, marked = self._marked_text(messages, tools)
         spans: list[Span] = []
-        for (start, end), chosen in zip(out["offset_mapping"], out["assistant_masks"], strict=True):
-            if chosen and spans and spans[-1][1] >= start:
+        for start, end in marked:
+            if spans and spans[-1][1] == start:
                 spans[-1] = (spans[-1][0], end)
-            elif chosen:
+            elif end > start:
                 spans.append((start, end))
-        turns = [m for m in messages if m["role"] == "assistant"]
+        turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         if len(spans) != len(turns):
             raise ValueError(f"the template marks {len(spans)} answers, the conversation has {len(turns)}")
-        ended = [(start, self._end_of_answer(text, start, end)) for start, end in spans]
-        return Rendered(text, tuple(s for s, turn in zip(ended, turns, strict=True) if turn.get("train", True)))
+        learnt: list[Span] = []
+        for (start, end), turn in zip(spans, turns, strict=True):
+            closing = self._closing.search(text, start, end)
+            if closing is None:
+                closing = self._end_after(text, end, self._text(messages[: turn + 1], tools))
+            if messages[turn].get("train", True):
+                learnt.append((start, closing.end(1)))
+        return Rendered(text, tuple(learnt))
+
+    def _end_after(self, text: str, end: int, through: str) -> re.Match[str]:
+        """The token that follows a marked answer at `end`, if it is also what ends `through`, which stops at that turn.
+
+        Otherwise it belongs to the next turn. Raises ValueError when the answer has no end.
+        """
+        following, closing = self._following.match(text, end), self._closing.search(through)
+        if following is None or closing is None or following[1].strip() != closing[1].strip():
+            raise ValueError(_NO_END)
+        return following
 
     def _by_prefix(self, messages: list[dict[str, Any]], tools: Any) -> Rendered:
         """The span of the last turn, which is the assistant's."""
@@ -110,23 +124,34 @@ class ChatRenderer:
                 "prefix of what it renders with it; name another with `data.chat_template`"
             )
         content = "".join(str(messages[-1].get("content") or "").split())
-        if content not in "".join(through[len(before) :].split()):
+        added = "".join(through[len(before) :].split())
+        if content not in added:
             raise ValueError("the chat template does not render the answer as it was written")
-        end = self._end_of_answer(through, len(before), len(through))
-        return Rendered(through[:end], ((len(before), end),))
-
-    def _end_of_answer(self, text: str, start: int, end: int) -> int:
-        """Where the first of the special tokens that close `text[start:end]`, or follow it, ends.
-
-        Raises ValueError when there is none: a model that never sees an end never learns to stop.
-        """
-        closing = self._closing.search(text, start, end) or self._following.match(text, end)
-        if closing is None:
+        if not added.startswith(content) and before == self._text(messages[:-1], tools):
             raise ValueError(
-                "the chat template does not end an answer with a special token, so the model could not learn to stop; "
-                "name another with `data.chat_template`"
+                "the chat template does not show where the answer starts: it has no generation prompt, and writes "
+                f"`{added[: added.index(content)]}` before the answer; name another with `data.chat_template`"
             )
-        return closing.end(1)
+        closing = self._closing.search(through, len(before))
+        if closing is None:
+            raise ValueError(_NO_END)
+        return Rendered(through[: closing.end(1)], ((len(before), closing.end(1)),))
+
+    def _marked_text(self, messages: list[dict[str, Any]], tools: Any) -> tuple[str, list[Span]]:
+        """The conversation, and the characters of it that `{% generation %}` marks."""
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        try:
+            texts, spans = render_jinja_template(
+                [_plain(messages)],
+                tools=tools,
+                chat_template=self.template,
+                return_assistant_tokens_mask=True,
+                **self.tokenizer.special_tokens_map,
+            )
+        except Exception as error:  # a template may fail in any way that Jinja can
+            raise ValueError(f"the chat template refuses the conversation: {error}") from None
+        return texts[0], spans[0]
 
     def _text(self, messages: list[dict[str, Any]], tools: Any, **options: Any) -> str:
         try:
@@ -139,5 +164,5 @@ class ChatRenderer:
 
 
 def _plain(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The messages without llmkit's own `train` key."""
-    return [{key: value for key, value in message.items() if key != "train"} for message in messages]
+    """The messages without llmkit's own `train` key, and without keys that say nothing."""
+    return [{k: v for k, v in message.items() if k != "train" and v is not None} for message in messages]

@@ -34,6 +34,7 @@ class CorpusWriter:
 
     def __init__(self, folder: Path, columns: Mapping[str, Column]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
+        (folder / "corpus.json").unlink(missing_ok=True)  # until `finish`, there is no corpus here
         self.folder = folder
         self.columns = dict(columns)
         self._files = {name: (folder / f"{name}.bin").open("wb") for name in columns}
@@ -56,7 +57,8 @@ class CorpusWriter:
         for name, lengths in self._lengths.items():
             np.cumsum([0, *lengths], dtype=np.int64).tofile(self.folder / f"{name}.offsets.bin")
         columns = {name: {"dtype": c.dtype, "ragged": c.ragged} for name, c in self.columns.items()}
-        files = sorted(path for path in self.folder.glob("*.bin"))
+        names = [*self._files, *(f"{name}.offsets" for name in self._lengths)]
+        files = sorted(self.folder / f"{name}.bin" for name in names)
         manifest = {
             "format": FORMAT,
             "examples": self._count,

@@ -12,10 +12,9 @@ _SCALE = float(1 << 64)
 def position(row: dict[str, Any], salt: str = "split") -> float:
     """A number from 0 up to 1 that depends on the row's content alone, evenly spread over different rows.
 
-    White space at the ends and letter case do not count, so that near-copies of that kind stay together.
+    Letter case and how much white space stands where do not count, so that near-copies of that kind stay together.
     """
-    text = json.dumps(row, sort_keys=True, ensure_ascii=False).casefold()
-    text = " ".join(text.split())
+    text = json.dumps(_normalised(row), sort_keys=True, ensure_ascii=False)
     return int.from_bytes(hashlib.sha256(f"{salt}\0{text}".encode()).digest()[:8], "big") / _SCALE
 
 
@@ -38,3 +37,13 @@ def copies(row: dict[str, Any], weight: float) -> int:
     """How often a row of a source with this weight stands in an epoch: 0.5 takes half of the rows, 2.5 each 2 or 3 times."""
     whole = int(weight)
     return whole + (position(row, "weight") < weight - whole)
+
+
+def _normalised(value: Any) -> Any:
+    if isinstance(value, str):
+        return " ".join(value.casefold().split())
+    if isinstance(value, dict):
+        return {key: _normalised(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_normalised(item) for item in value]
+    return value

@@ -8,6 +8,7 @@ from typing import Any
 END = "<|end|>"
 PAD = "<|pad|>"
 UNKNOWN = "<|unknown|>"
+_WORD_BYTES = 200
 
 
 def train_tokenizer(texts: Iterable[str], kind: str, vocab_size: int) -> Any:
@@ -36,7 +37,7 @@ def train_tokenizer(texts: Iterable[str], kind: str, vocab_size: int) -> Any:
             show_progress=False,
         )
     else:
-        model = models.WordPiece(unk_token=UNKNOWN, max_input_chars_per_word=1000)
+        model = models.WordPiece(unk_token=UNKNOWN, max_input_chars_per_word=_WORD_BYTES)
         trainer = trainers.WordPieceTrainer(
             vocab_size=vocab_size,
             special_tokens=[END, PAD, UNKNOWN],
@@ -45,7 +46,11 @@ def train_tokenizer(texts: Iterable[str], kind: str, vocab_size: int) -> Any:
             show_progress=False,
         )
     tokenizer = Tokenizer(model)
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bytes_as_characters = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    # WordPiece takes the longest entry that fits, again and again; it gives up on words over its limit, and slows with
+    # the square of their length.
+    short_words = [pre_tokenizers.FixedLength(_WORD_BYTES)] if kind == "wordpiece" else []
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([bytes_as_characters, *short_words])
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.train_from_iterator(texts, trainer)
     unknown = {} if kind == "bpe" else {"unk_token": UNKNOWN}

@@ -21,18 +21,12 @@ def write(
     `probe` is a batch of (B, T) token ids and their mask, or None for made-up ids. Raises ArtifactError, leaving
     nothing in place, when the logits differ.
     """
-    config = load_config(source)
-    guesses = {}
-    if dtype == "auto":
-        dtype = str(getattr(config, "dtype", None) or "float32").removeprefix("torch.")
-        guesses["dtype"] = (dtype, "as the model's config has it")
-    model = load_model(source, auto_class).model.eval()
-    exact = model.to(getattr(torch, dtype))
-    exact.save_pretrained(target)
+    model = load_model(source, auto_class, dtype=dtype).model.eval()
+    model.save_pretrained(target)
     load_tokenizer(source).save_pretrained(target)
-    inputs = {name: probe[name] for name in _INPUTS} if probe else _made_up(config)
+    inputs = {name: probe[name] for name in _INPUTS} if probe else _made_up(load_config(source))
     again = load_model(target, auto_class, dtype=dtype).model.eval()
-    before, after = _logits(exact, inputs), _logits(again, inputs)
+    before, after = _logits(model, inputs), _logits(again, inputs)
     if not torch.equal(before, after):
         raise ArtifactError(
             "the exported model does not answer as the model does",
@@ -45,21 +39,14 @@ def write(
         "compared_logits": before.numel(),
         "largest_difference": (before - after).abs().max().item(),
         "bytes": sum(path.stat().st_size for path in target.iterdir()),
-        "guesses": guesses,
     }
 
 
 @torch.inference_mode()
 def _logits(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    logits: torch.Tensor = (
-        model(**inputs).logits[inputs["attention_mask"].bool()] if _is_by_token(model) else model(**inputs).logits
-    )
-    return logits.float()
-
-
-def _is_by_token(model: Any) -> bool:
-    """True when logits are (B, T, V), one row a token, of which the padded ones mean nothing."""
-    return model.get_output_embeddings() is not None
+    """Of the tokens that are not padding, (N, V), or of the texts, (B, C)."""
+    logits: torch.Tensor = model(**inputs).logits.float()
+    return logits[inputs["attention_mask"].bool()] if logits.ndim == 3 else logits
 
 
 def _made_up(config: Any) -> dict[str, torch.Tensor]:

@@ -141,7 +141,9 @@ def _as_artifact_errors(what: str, where: object) -> Iterator[None]:
     except torch.OutOfMemoryError:
         raise
     except (*bad_files, SafetensorError, StrictDataclassError) as error:
-        raise ArtifactError(what, got=f"{type(error).__name__}: {error}", where=where) from error
+        raise ArtifactError(
+            what, got=f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}", where=where
+        ) from error
 
 
 def _new_parameters(

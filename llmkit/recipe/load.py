@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import re
-import types
-import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from llmkit.errors import Problem, RecipeError, UsageError, did_you_mean
+from llmkit.recipe.mistakes import Keys, problems_in
 from llmkit.recipe.schema import Recipe
-
-Keys = tuple[str | int, ...]
 
 
 @dataclass(frozen=True)
@@ -52,7 +49,9 @@ def load_recipe(path: Path | None, overrides: Iterable[Override] = ()) -> Recipe
     Raises UsageError when the file cannot be read and RecipeError, with every mistake and its line, when it is wrong.
     """
     values, lines = ({}, {}) if path is None else _read(path)
-    where = {keys: f"{path}:{line}" for keys, line in lines.items()}
+    where: dict[Keys, str] = {keys: f"{path}:{line}" for keys, line in lines.items()}
+    if path is not None:
+        where[()] = str(path)
     for override in overrides:
         _put(values, where, override)
     return validate(values, where)
@@ -68,7 +67,8 @@ def parse_set(text: str) -> Override:
     try:
         return Override(key, yaml.load(value, _Loader), f"--set {text}")
     except yaml.YAMLError as error:
-        raise UsageError("the value of --set is not YAML", got=text, expected=str(error), where="--set") from None
+        why = error.problem if isinstance(error, yaml.MarkedYAMLError) else str(error)
+        raise UsageError("the value of --set is not YAML", got=text, expected=why, where="--set") from None
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -83,7 +83,7 @@ def validate(values: Mapping[str, Any], where: Mapping[Keys, str]) -> Recipe:
     try:
         return _absolute(Recipe.model_validate(values))
     except ValidationError as error:
-        problems = [_problem(mistake, where) for mistake in error.errors(include_url=False)]
+        problems = problems_in(error.errors(include_url=False), values, where)
     count = len(problems)
     what = problems[0].what if count == 1 else f"the recipe has {count} mistakes"
     one = problems[0] if count == 1 else Problem(what)
@@ -98,7 +98,13 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[Keys, int]]:
         near = did_you_mean(path.name, [p.name for p in path.parent.glob("*.y*ml")]) if path.parent.is_dir() else None
         raise UsageError("the recipe does not exist", got=path, expected="a YAML file", hint=near) from None
     except IsADirectoryError:
-        raise UsageError("the recipe is a folder", got=path, expected="a YAML file") from None
+        inside = sorted(item.name for item in path.glob("*.y*ml"))
+        raise UsageError(
+            "the recipe is a folder, and not of a run",
+            got=path,
+            expected="a YAML file, or a run directory (it has a run.json)",
+            hint=f"it holds {', '.join(inside[:5])}" if inside else None,
+        ) from None
     except PermissionError:
         raise UsageError("the recipe cannot be read", got=path, expected="permission to read it") from None
     except UnicodeDecodeError as error:
@@ -108,14 +114,27 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[Keys, int]]:
         lines = _lines(node, str(path))
         values = yaml.load(text, _Loader)
     except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark
-        where = f"{path}:{mark.line + 1}" if mark else str(path)
-        raise RecipeError("the recipe is not YAML", got=error.problem, where=where, hint=error.context) from None
-    except yaml.YAMLError as error:
+        raise _not_yaml(error, path) from None
+    except (yaml.YAMLError, ValueError) as error:
         raise RecipeError("the recipe is not YAML", got=str(error), where=path) from None
+    if values is None:
+        raise RecipeError("the recipe is empty", expected="`key: value`", where=path)
     if not isinstance(values, dict):
-        raise RecipeError("the recipe is not a mapping", got=type(values).__name__, expected="`key: value`", where=path)
+        got = "a list" if isinstance(values, list) else repr(values)
+        raise RecipeError("the recipe is not a mapping", got=got, expected="`key: value`", where=path)
     return values, lines
+
+
+def _not_yaml(error: yaml.MarkedYAMLError, path: Path) -> RecipeError:
+    """What is wrong, at which line, and where that which is not finished began."""
+    mark, began = error.problem_mark, error.context_mark
+    hint = None
+    if "\\t" in str(error.problem):
+        hint = "indent with spaces: YAML allows no tabs"
+    elif began is not None and mark is not None and error.context:
+        hint = f"look at what begins at line {began.line + 1} ({error.context.removeprefix('while ')})"
+    where = f"{path}:{mark.line + 1}" if mark else str(path)
+    return RecipeError("the recipe is not YAML", got=error.problem, hint=hint, where=where)
 
 
 def _lines(node: yaml.Node | None, path: str, keys: Keys = ()) -> dict[Keys, int]:
@@ -123,7 +142,12 @@ def _lines(node: yaml.Node | None, path: str, keys: Keys = ()) -> dict[Keys, int
     found: dict[Keys, int] = {}
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
-            inner, line = (*keys, key.value), key.start_mark.line + 1
+            line = key.start_mark.line + 1
+            if not isinstance(key, yaml.ScalarNode):
+                raise RecipeError(
+                    "a key is not text", got=f"a {key.id}", expected="`key: value`", where=f"{path}:{line}"
+                )
+            inner = (*keys, key.value)
             if inner in found:
                 name = ".".join(map(str, inner))
                 raise RecipeError(
@@ -140,79 +164,38 @@ def _lines(node: yaml.Node | None, path: str, keys: Keys = ()) -> dict[Keys, int
 
 def _put(values: dict[str, Any], where: dict[Keys, str], override: Override) -> None:
     """Writes one dotted key into a raw recipe; lists are entered by number (`data.train.0.weight`)."""
-    *parents, last = override.key.split(".")
+    parts = override.key.split(".")
     place: Any = values
-    for part in parents:
-        if isinstance(place, list):
-            place = place[_index(place, part, override)]
-            continue
-        if not isinstance(place.get(part), dict | list):
-            place[part] = {} if not isinstance(place.get(part), str) or part != "optimizer" else {"name": place[part]}
-        place = place[part]
-    if isinstance(place, list):
-        place[_index(place, last, override)] = override.value
-    else:
-        place[last] = override.value
-    where[tuple(int(part) if part.isdigit() else part for part in override.key.split("."))] = override.flag
+    for number, part in enumerate(parts[:-1]):
+        key: Any = _index(place, part, override) if isinstance(place, list) else part
+        inner = place[key] if isinstance(place, list) else place.get(key)
+        if not isinstance(inner, dict | list):
+            place[key] = _opened(inner, parts[: number + 1], parts[number + 1])
+        place = place[key]
+    last = _index(place, parts[-1], override) if isinstance(place, list) else parts[-1]
+    place[last] = override.value
+    keys: Keys = tuple(int(part) if part.isdigit() else part for part in parts)
+    for stale in [known for known in where if known[: len(keys)] == keys]:
+        del where[stale]
+    where[keys] = override.flag
+
+
+def _opened(value: Any, path: list[str], inner: str) -> Any:
+    """A value written in short (`optimizer: sgd`, `train: rows.jsonl`) in the long form that `inner` is a part of."""
+    if not isinstance(value, str):
+        return {}
+    if path[-1] == "optimizer":
+        return {"name": value}
+    if path[-1] == "train" or path[-1].isdigit() or path == ["pretrain", "data"]:
+        return [{"uri": value}] if inner.isdigit() else {"uri": value}
+    return {}
 
 
 def _index(place: list[Any], part: str, override: Override) -> int:
     if not part.isdigit() or int(part) >= len(place):
-        raise UsageError(
-            "no such item", got=override.flag, expected=f"a number from 0 to {len(place) - 1}", where="--set"
-        )
+        numbers = f"a number from 0 to {len(place) - 1}" if place else "nothing: the list is empty"
+        raise UsageError(f"no item `{part}` in the list", got=override.flag, expected=numbers, where="--set")
     return int(part)
-
-
-def _problem(mistake: Any, where: Mapping[Keys, str]) -> Problem:
-    """One of pydantic's errors as a sentence with its place."""
-    keys: Keys = mistake["loc"]
-    place = next((where[keys[:n]] for n in range(len(keys), 0, -1) if keys[:n] in where), None)
-    path = ".".join(map(str, keys)) or "the recipe"
-    got = repr(mistake["input"]) if not isinstance(mistake["input"], dict | BaseModel) else None
-    if mistake["type"] == "extra_forbidden":
-        known = _known_keys(keys[:-1])
-        return Problem(
-            f"unknown key `{path}`",
-            got=str(keys[-1]),
-            expected="one of " + ", ".join(known),
-            hint=did_you_mean(str(keys[-1]), known),
-            where=place,
-        )
-    if mistake["type"] == "missing":
-        return Problem(f"`{path}` is missing", expected="a value for it", where=place)
-    message = mistake["msg"].removeprefix("Value error, ")
-    message, _, hint = message.partition("; did you mean")
-    message = message[:1].lower() + message[1:]
-    if message.startswith(("needs", "takes", "has", "freezes", "`")):
-        return Problem(f"`{path}` {message}" if keys else f"the recipe {message}", where=place)
-    message = message.removeprefix("input ")
-    return Problem(
-        f"`{path}` has a wrong value",
-        got=got,
-        expected=message,
-        hint=f"did you mean{hint}" if hint else None,
-        where=place,
-    )
-
-
-def _known_keys(keys: Keys) -> list[str]:
-    """The keys that the section at a path takes."""
-    section: Any = Recipe
-    for key in keys:
-        if isinstance(key, int) or not (isinstance(section, type) and issubclass(section, BaseModel)):
-            continue
-        section = _section_in(section.model_fields[key].annotation) or section
-    return list(section.model_fields)
-
-
-def _section_in(annotation: Any) -> type[BaseModel] | None:
-    """The Section inside `Section`, `Section | None` or `tuple[Section, ...]`."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    if typing.get_origin(annotation) in (types.UnionType, typing.Union, tuple, typing.Annotated):
-        return next((found for found in map(_section_in, typing.get_args(annotation)) if found), None)
-    return None
 
 
 def _absolute(recipe: Recipe) -> Recipe:

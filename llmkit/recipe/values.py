@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
+from typing import Literal
 
 _SHARE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*%\s*$")
 _DURATION = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*(s|sec|min|h)\s*$")
@@ -30,6 +32,15 @@ def share_or_count(value: object) -> str | int:
         share(value)
         return value
     raise ValueError("should be a share such as `3%` or a whole number that is not negative")
+
+
+def rate_or_auto(value: object) -> float | Literal["auto"]:
+    """Checks a learning rate: a number above 0, or `auto`."""
+    if value == "auto":
+        return "auto"
+    if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf:
+        return float(value)
+    raise ValueError("should be a number above 0 such as `2e-5`, or `auto`")
 
 
 def count_of(value: str | int, total: int) -> int:

@@ -1,7 +1,7 @@
 """Checkpoints: written aside, synced, given a manifest with checksums, and renamed into place.
 
-A checkpoint holds the trainable parameters (the frozen ones are the parent's, which the fingerprint pins), the
-optimizer's state, the training state and the random state of each process. Nothing is pickled.
+A checkpoint holds the trainable weights (the frozen ones are the parent's, which the fingerprint pins), the optimizer's
+state, the training state, the random state of each process, and the best weights so far. Nothing is pickled.
 """
 
 from __future__ import annotations
@@ -25,22 +25,26 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What is needed to go on as if nothing had happened."""
+    """What is needed to go on as if nothing had happened; `best_weights` is a safetensors file, None when there is none."""
 
-    parameters: dict[str, torch.Tensor]
+    weights: dict[str, torch.Tensor]
     optimizer_tensors: dict[str, torch.Tensor]
     optimizer_values: dict[str, Any]
     state: dict[str, Any]
+    best_weights: Path | None = None
 
 
 def write_checkpoint(folder: Path, step: int, fingerprint: str, checkpoint: Checkpoint, *, keep: int) -> Path:
     """Publishes `folder/step-XXXXXXXX` and then deletes all but the newest `keep`. One process calls it."""
     target = folder / f"step-{step:08d}"
     aside = folder / f".{target.name}.{os.getpid()}.tmp"
-    shutil.rmtree(aside, ignore_errors=True)
+    for unfinished in folder.glob(".step-*"):  # of a process that was killed
+        shutil.rmtree(unfinished)
     aside.mkdir(parents=True)
-    save_file(checkpoint.parameters, aside / "parameters.safetensors")
+    save_file(checkpoint.weights, aside / "weights.safetensors")
     save_file(checkpoint.optimizer_tensors, aside / "optimizer.safetensors")
+    if checkpoint.best_weights is not None:
+        link_file(checkpoint.best_weights, aside / "best.safetensors")
     write_json(aside / "state.json", {"optimizer": checkpoint.optimizer_values, "train": checkpoint.state})
     for path in aside.iterdir():
         _sync_file(path)
@@ -57,16 +61,27 @@ def write_checkpoint(folder: Path, step: int, fingerprint: str, checkpoint: Chec
     return target
 
 
+def link_file(source: Path, target: Path) -> None:
+    """Puts a file in the place of another, in one step; as a second name for the same bytes where the disk can do that."""
+    aside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    aside.unlink(missing_ok=True)
+    try:
+        os.link(source, aside)
+    except OSError:
+        shutil.copyfile(source, aside)
+    aside.replace(target)
+
+
 def read_newest(folder: Path, fingerprint: str, warn: Callable[[str], None]) -> Checkpoint | None:
     """The newest checkpoint whose checksums hold, or None.
 
-    A damaged one is set aside and named to `warn`, and the one before it is taken.
+    One that is damaged or of other inputs is set aside and named to `warn`, and the one before it is taken.
     """
     for path in _published(folder):
         try:
             return _read(path, fingerprint)
         except ArtifactError as error:
-            aside = path.with_name(f"damaged-{path.name}")
+            aside = path.with_name(f"unused-{path.name}")
             warn(f"checkpoint {path} is not used ({error.what}: {error.got}); it was moved to {aside.name}")
             if aside.exists():
                 shutil.rmtree(aside)
@@ -108,27 +123,28 @@ def _read(path: Path, fingerprint: str) -> Checkpoint:
         raise ArtifactError("another checkpoint format", got=manifest.get("format"), expected=str(FORMAT), where=path)
     if manifest.get("fingerprint") != fingerprint:
         raise ArtifactError("it belongs to other inputs", got=manifest.get("fingerprint"), expected=fingerprint)
-    expected = {"parameters.safetensors", "optimizer.safetensors", "state.json"}
-    if set(manifest.get("files", {})) != expected:
+    expected = {"weights.safetensors", "optimizer.safetensors", "state.json"}
+    if set(manifest.get("files", {})) - {"best.safetensors"} != expected:
         raise ArtifactError("its manifest names other files", got=sorted(manifest.get("files", {})), where=path)
     for name, entry in manifest["files"].items():
         file = path / name
-        if not file.is_file() or file.stat().st_size != entry["bytes"]:
+        if not file.is_file() or file.stat().st_size != entry.get("bytes"):
             raise ArtifactError("a file is cut short or missing", got=name, where=path)
-        if digest_file(file) != entry["sha256"]:
+        if digest_file(file) != entry.get("sha256"):
             raise ArtifactError("a checksum does not hold", got=name, where=path)
     state = read_json(path / "state.json")
     try:
-        parameters = load_file(path / "parameters.safetensors")
+        weights = load_file(path / "weights.safetensors")
         optimizer = load_file(path / "optimizer.safetensors")
     except SafetensorError as error:
         raise ArtifactError("a file is damaged", got=str(error), where=path) from None
-    return Checkpoint(parameters, optimizer, state["optimizer"], state["train"])
+    best = path / "best.safetensors" if "best.safetensors" in manifest["files"] else None
+    return Checkpoint(weights, optimizer, state["optimizer"], state["train"], best)
 
 
 def _published(folder: Path) -> list[Path]:
-    """The finished checkpoints of a folder, newest first."""
-    return sorted((p for p in folder.glob("step-*") if (p / "manifest.json").is_file()), reverse=True)
+    """The published checkpoints of a folder, newest first."""
+    return sorted(folder.glob("step-*"), reverse=True)
 
 
 def _sync_file(path: Path) -> None:

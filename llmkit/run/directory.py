@@ -32,6 +32,7 @@ class Artifact:
 
     `content` is the digest of what later stages read; a stage that ran again and made the same bytes changes nothing
     for them. `files` are the files, relative to the run, that must still be there for the stage to count as done.
+    `disposable` is what only served to make the artifact; it is deleted once run.json says that the stage is done.
     """
 
     stage: str
@@ -40,22 +41,31 @@ class Artifact:
     files: tuple[str, ...]
     metrics: dict[str, Any] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
+    disposable: tuple[Path, ...] = ()
 
 
 class Run:
     """One run directory, locked for this process. Use `Run.open`."""
 
-    def __init__(self, path: Path, record: dict[str, Any], reporter: Reporter, lock: FileLock | None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        record: dict[str, Any],
+        reporter: Reporter,
+        lock: FileLock | None,
+        recipe_text: str | None = None,
+    ) -> None:
         self.path = path
         self.record = record
         self.reporter = reporter
         self._lock = lock
+        self._recipe_text = recipe_text
 
     @classmethod
     def open(
         cls, path: Path, name: str, recipe_text: str, reporter: Reporter | None = None, *, lead: bool = True
     ) -> Run:
-        """Opens or makes the run directory of a recipe.
+        """Opens or makes the run directory of a recipe; its `recipe.yaml` is replaced when the first stage starts.
 
         `lead` is False in the processes of a distributed run that only read. Raises UsageError when the directory
         belongs to another recipe or to something else, and ResourceError when it cannot be written or is in use.
@@ -83,10 +93,18 @@ class Run:
             ) from None
         known = read_json(path / "run.json") if (path / "run.json").exists() else {}
         record = {"name": name, "created": _now(), "stages": {}, "guesses": {}} | known | _surroundings()
-        run = cls(path, record, reporter or SilentReporter(), lock)
-        write_atomically(path / "recipe.yaml", recipe_text)
+        run = cls(path, record, reporter or SilentReporter(), lock, recipe_text)
+        if not (path / "recipe.yaml").exists():
+            write_atomically(path / "recipe.yaml", recipe_text)
         run.save()
         return run
+
+    @classmethod
+    def peek(cls, path: Path, name: str) -> Run:
+        """A recipe's run as it stands, or an empty one, to read only. Raises UsageError as `open` does."""
+        _refuse_foreign(path, name)
+        known = read_json(path / "run.json") if (path / "run.json").exists() else {}
+        return cls(path, {"name": name, "stages": {}, "guesses": {}} | known, SilentReporter(), None)
 
     def close(self) -> None:
         """Lets go of the lock."""
@@ -129,6 +147,8 @@ class Run:
         folder.mkdir(parents=True, exist_ok=True)
         entry = {"state": "running", "started": _now(), "fingerprint": digest_json(inputs), "inputs": inputs}
         self.record["stages"][stage] = entry
+        if self._recipe_text is not None:
+            write_atomically(self.path / "recipe.yaml", self._recipe_text)
         self.save()
         return folder
 
@@ -143,6 +163,11 @@ class Run:
             facts=artifact.facts,
         )
         self.save()
+        for path in artifact.disposable:
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
 
     def note_state(self, stage: str, state: str) -> None:
         """Notes that a stage was stopped or failed."""
@@ -184,7 +209,10 @@ def _refuse_foreign(path: Path, name: str) -> None:
         if {item.name for item in path.iterdir()} <= {".lock", "recipe.yaml", "error.log"}:
             return
         raise UsageError(
-            "the folder is not a run directory", got=path, expected="a new folder or one with a run.json", hint="use -o"
+            "the folder is not a run directory",
+            got=path,
+            expected="a new folder or one with a run.json",
+            hint="choose another -o",
         )
     owner = read_json(path / "run.json").get("name")
     if owner != name:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from llmkit.data.corpus import Corpus
-from llmkit.errors import RecipeError, did_you_mean
+from llmkit.errors import ArtifactError, RecipeError, did_you_mean
 from llmkit.files import digest_json, write_json
 from llmkit.model.folder import weights_digest
 from llmkit.model.loading import load_config, load_model
@@ -106,9 +107,19 @@ def _score(recipe: Recipe, run: Run, task: Task, corpus: Corpus, scoring: Scorin
     progress = run.reporter.progress(f"scoring the {name}", task.work(corpus, scoring), "examples")
     try:
         model = loaded.model.to(scoring.device).eval()
-        return task.evaluate(model, corpus, replace(scoring, advance=progress.advance))
+        scores = task.evaluate(model, corpus, replace(scoring, advance=progress.advance))
     finally:
         progress.close()
+    wrong = [f"{metric} {value}" for metric, value in scores.metrics.items() if not math.isfinite(value)]
+    if wrong:
+        raise ArtifactError(
+            f"the {name}'s scores are not finite numbers",
+            got=", ".join(wrong),
+            expected="finite weights and a loss",
+            hint="its training diverged, or its files are damaged; evaluate.precision: fp32 rules out the precision",
+            where=folder,
+        )
+    return scores
 
 
 def _samples(scores: dict[str, Scores]) -> list[dict[str, str]]:

@@ -10,6 +10,8 @@ import numpy as np
 from llmkit import catalog
 from llmkit.files import digest_json
 from llmkit.model.folder import weights_digest
+from llmkit.model.loading import load_config
+from llmkit.model.location import locate
 from llmkit.recipe.schema import Recipe, result_keys
 from llmkit.run.directory import Artifact, Run
 from llmkit.stages.base import (
@@ -39,7 +41,8 @@ class Export:
     def inputs(self, recipe: Recipe, run: Run) -> dict[str, Any]:
         """The model's weights and the keys of `export`."""
         return {f"recipe.export.{key}": value for key, value in result_keys(recipe.export).items()} | {
-            "model": model_content(recipe, run, self.name)
+            "model": model_content(recipe, run, self.name),
+            "dtype": _dtype(recipe, run)[0],
         }
 
     def run(self, recipe: Recipe, run: Run) -> Artifact:
@@ -47,15 +50,16 @@ class Export:
         source = model_before(recipe, run, self.name)
         folder = run.folder(self.name)
         facts: dict[str, Any] = {}
+        dtype, why = _dtype(recipe, run)
+        if why:
+            run.guess("export.dtype", dtype, why)
         for name in recipe.export.formats:
             aside = folder / f".{name}.tmp"
             shutil.rmtree(aside, ignore_errors=True)
             write = catalog.resolve("export format", name)
-            facts[name] = write(source, aside, task_class(recipe).auto_class, recipe.export.dtype, _probe(recipe, run))
+            facts[name] = write(source, aside, task_class(recipe).auto_class, dtype, _probe(recipe, run))
             shutil.rmtree(folder / name, ignore_errors=True)
             aside.rename(folder / name)
-            for key, (value, why) in facts[name].pop("guesses").items():
-                run.guess(f"export.{key}", value, why)
             compared = facts[name]
             run.reporter.note(
                 f"export/{name} was loaded back: {compared['compared_logits']:,} logits, largest difference "
@@ -68,6 +72,15 @@ class Export:
 
 
 STAGE = Export()
+
+
+def _dtype(recipe: Recipe, run: Run) -> tuple[str, str | None]:
+    """The type of the exported weights, and why; training keeps them in fp32 whatever the parent had."""
+    if recipe.export.dtype != "auto":
+        return recipe.export.dtype, None
+    source = locate(recipe.model) if recipe.model is not None else model_before(recipe, run, "export")
+    dtype = str(getattr(load_config(source), "dtype", None) or "float32").removeprefix("torch.")
+    return dtype, "as the parent has it" if recipe.model is not None else "as it was trained"
 
 
 def _probe(recipe: Recipe, run: Run) -> Batch | None:

@@ -66,12 +66,10 @@ class Finetune:
         job = TrainingJob(self.name, recipe, run, recipe.finetune, lr, loaded.model, task, corpus, held_out)
         artifact, fit = train_and_save(job)
         metrics = dict(artifact.metrics)
-        if fit.accelerator.is_main_process:
-            if held_out is not None and len(held_out):
-                scoring = scoring_for(recipe, task, len(held_out), fit.precision)
-                scores = task.evaluate(fit.unwrapped.eval(), held_out, replace(scoring, generate=0, samples=0))
-                metrics |= scores.metrics
-            fit.forget_checkpoints()
+        if fit.accelerator.is_main_process and held_out is not None and len(held_out):
+            scoring = scoring_for(recipe, task, len(held_out), fit.precision)
+            scores = task.evaluate(fit.unwrapped.eval(), held_out, replace(scoring, generate=0, samples=0))
+            metrics |= scores.metrics
         return replace(artifact, metrics=metrics)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,9 @@ from llmkit.files import digest_file, digest_json, write_atomically, write_json
 from llmkit.model.folder import tokenizer_digest
 from llmkit.model.loading import load_config, load_tokenizer, longest_input
 from llmkit.model.location import locate
-from llmkit.recipe.schema import Data, Recipe, Source, Tokenizer
+from llmkit.recipe.fields import Source
+from llmkit.recipe.schema import Data, Recipe
+from llmkit.recipe.training import Tokenizer
 from llmkit.recipe.values import count_of, is_share
 from llmkit.run.directory import Artifact, Run
 from llmkit.stages.base import pretraining_corpora, relative_files, task_class
@@ -191,10 +194,12 @@ def _refuse_too_many(rejected: Sequence[Rejected], read: int, data: Data, path: 
     allowed = count_of(data.max_rejected, read)
     if len(rejected) <= allowed:
         return
-    shown = "; ".join(f"{r.where}: {r.reason}" for r in rejected[:5])
+    first = {r.reason: r.where for r in reversed(rejected)}
+    counts = Counter(r.reason for r in rejected).most_common(5)
+    shown = "; ".join(f"{count} x {reason} ({first[reason]})" for reason, count in counts)
     raise DataError(
         f"{len(rejected)} of {read} rows cannot be used",
-        got=shown + ("; ..." if len(rejected) > 5 else ""),
+        got=shown + ("; ..." if len(first) > 5 else ""),
         expected=f"at most {allowed} (data.max_rejected: {data.max_rejected})",
         hint=f"all of them are named in {path}; mend them, or raise data.max_rejected",
         where=rejected[0].where,

@@ -8,15 +8,15 @@ from llmkit.errors import RecipeError, did_you_mean
 from llmkit.model.folder import weights_digest
 from llmkit.model.loading import build_from_config, load_model, load_tokenizer, longest_input
 from llmkit.model.location import locate
-from llmkit.recipe.schema import Pretrain as PretrainKeys
 from llmkit.recipe.schema import Recipe, result_keys
+from llmkit.recipe.training import Pretrain as PretrainKeys
 from llmkit.run.directory import Artifact, Run
 from llmkit.stages.base import corpus_in, pretraining_corpora, require_corpus, task_for
 from llmkit.stages.training import TrainingJob, train_and_save
 
 # Peak rates when the recipe names none: GPT-3 (Brown et al., 2020) trained its smallest model at 6e-4; going on from
 # pretrained weights wants less, or it forgets.
-_DEFAULT_LR = {"from scratch": 6e-4, "continued": 1e-4}
+_DEFAULT_LR = {"from scratch": 6e-4, "from pretrained weights": 1e-4}
 
 
 class Pretrain:
@@ -52,12 +52,8 @@ class Pretrain:
         task = task_for(recipe, run, corpus, "text")
         model = self._model(recipe, keys, run)
         lr = keys.lr if keys.lr != "auto" else self._default_lr(recipe, run)
-        artifact, fit = train_and_save(
-            TrainingJob(self.name, recipe, run, keys, lr, model, task, corpus, corpus_in(run, held_out))
-        )
-        if fit.accelerator.is_main_process:
-            fit.forget_checkpoints()
-        return artifact
+        job = TrainingJob(self.name, recipe, run, keys, lr, model, task, corpus, corpus_in(run, held_out))
+        return train_and_save(job)[0]
 
     def _model(self, recipe: Recipe, keys: PretrainKeys, run: Run) -> Any:
         if keys.architecture is None:
@@ -67,8 +63,8 @@ class Pretrain:
         return build_from_config(config, "AutoModelForCausalLM", recipe.seed)
 
     def _default_lr(self, recipe: Recipe, run: Run) -> float:
-        way = "from scratch" if recipe.model is None else "continued"
-        run.guess("pretrain.lr", _DEFAULT_LR[way], f"the default for pretraining {way}")
+        way = "from scratch" if recipe.model is None else "from pretrained weights"
+        run.guess("pretrain.lr", _DEFAULT_LR[way], f"the default {way}")
         return _DEFAULT_LR[way]
 
 

@@ -11,7 +11,8 @@ from llmkit.data.split import held_out, position
 from llmkit.errors import DataError, RecipeError
 from llmkit.model.loading import load_config
 from llmkit.model.location import locate
-from llmkit.recipe.schema import Data, Recipe, Source
+from llmkit.recipe.fields import Source
+from llmkit.recipe.schema import Data, Recipe
 from llmkit.recipe.values import is_share, share
 from llmkit.run.directory import Run
 from llmkit.stages.base import task_class

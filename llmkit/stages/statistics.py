@@ -46,8 +46,12 @@ def show_statistics(run: Run, corpora: dict[str, Corpus], statistics: dict[str, 
         cells = (entry["rows"], entry["examples"], entry["tokens"], entry.get("supervised_tokens", ""))
         table.append((name, *cells, percentiles.get("50", ""), percentiles.get("100", ""), entry["rows_cut"]))
     run.reporter.table("corpora", columns, table)
-    if statistics["rows_rejected"] or statistics["rows_filtered"]:
-        taken = ", ".join(f"{name} {count}" for name, count in statistics["rows_filtered"].items()) or "none"
+    where = run.folder("preprocess") / "rejected.jsonl"
+    for name, count in statistics["rows_filtered"].items():
+        run.reporter.note(
+            f"taken out by the filter {name}: {count} of {statistics['rows_read']} rows, named in {where}"
+        )
+    if statistics["rows_rejected"]:
         run.reporter.warn(
-            f"{statistics['rows_rejected']} rows cannot be used; taken out by filters: {taken}; see rejected.jsonl"
+            f"cannot be used: {statistics['rows_rejected']} of {statistics['rows_read']} rows, named in {where}"
         )

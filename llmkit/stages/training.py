@@ -19,7 +19,8 @@ from llmkit.model.folder import weights_digest
 from llmkit.model.groups import parameter_groups
 from llmkit.model.precision import choose_precision
 from llmkit.optim import build_optimizer
-from llmkit.recipe.schema import Recipe, Training
+from llmkit.recipe.schema import Recipe
+from llmkit.recipe.training import Training
 from llmkit.run.directory import Artifact, Run
 from llmkit.run.log import MetricsLog
 from llmkit.stages.base import relative_files
@@ -92,6 +93,7 @@ def train_and_save(job: TrainingJob) -> tuple[Artifact, Fit]:
             "processes": accelerator.num_processes,
             "device": torch.cuda.get_device_name() if accelerator.device.type == "cuda" else accelerator.device.type,
         },
+        fit.disposable,
     )
     return artifact, fit
 
@@ -126,7 +128,12 @@ def _accelerator(training: Training, folder: Path, stage: str) -> Any:
                 where=f"{stage}.trackers",
             )
     cpu = not torch.cuda.is_available()  # said, because else Accelerate takes several CPU processes for one
-    return Accelerator(cpu=cpu, log_with=list(training.trackers) or None, project_dir=str(folder))
+    return Accelerator(
+        cpu=cpu,
+        mixed_precision="no",  # said, because else a launcher's environment would decide
+        log_with=list(training.trackers) or None,
+        project_dir=str(folder),
+    )
 
 
 def _precision(job: TrainingJob, device: torch.device) -> str:
@@ -153,7 +160,7 @@ def _hooks(job: TrainingJob, fit: Fit, accelerator: Any) -> list[Hook]:
         progress.advance(fit.state.step)
         hooks.append(ProgressHook(progress))
     if job.training.trackers:
-        accelerator.init_trackers(job.stage, config={"name": job.recipe.name, "learning_rate": job.lr})
+        accelerator.init_trackers("trackers", config={"name": job.recipe.name, "learning_rate": job.lr})
         hooks.append(TrackersHook(accelerator, job.training.log_every))
     return hooks
 

@@ -49,7 +49,8 @@ class CausalTask:
     @property
     def columns(self) -> dict[str, Column]:
         """Token ids, and for each whether the model is to learn it."""
-        return {"input_ids": Column(smallest_unsigned(len(self.tokenizer))), "supervised": Column("bool")}
+        largest = max(self.tokenizer.get_vocab().values())
+        return {"input_ids": Column(smallest_unsigned(largest)), "supervised": Column("bool")}
 
     def model_changes(self, config: Any) -> dict[str, Any]:
         """None: a causal model fits as it is."""

@@ -6,7 +6,9 @@ ROUGE-L: Lin, "ROUGE: A Package for Automatic Evaluation of Summaries", 2004.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
+from itertools import groupby
 from typing import Any, ClassVar
 
 import numpy as np
@@ -16,6 +18,7 @@ from llmkit.data.chat import ChatRenderer, Rendered
 from llmkit.data.corpus import Corpus, Example
 from llmkit.errors import RecipeError
 from llmkit.metrics.text import rouge_l
+from llmkit.model.loading import longest_input
 from llmkit.tasks.base import Encoded, Scores, Scoring, TaskSettings
 from llmkit.tasks.causal import CausalTask
 
@@ -92,7 +95,11 @@ class ChatTask(CausalTask):
             starts, ends = np.array(offsets, np.int64).T
             supervised = np.zeros(len(ids), bool)
             for start, end in part.spans:
-                supervised |= (ends > start) & (starts < end) & (ends > starts)
+                # A token that begins before the answer (a mark that swallows the white space after it, a line break
+                # joined to the template's) belongs to it only with some of the answer's visible text.
+                visible = end - len(part.text[start:end].lstrip())
+                inside = (starts >= start) | (ends > visible)
+                supervised |= inside & (ends > start) & (starts < end) & (ends > starts)
             limit = self.settings.max_length
             lost += max(0, len(ids) - limit)
             if supervised[:limit].any():
@@ -101,21 +108,29 @@ class ChatTask(CausalTask):
             return f"no answer within the first {self.settings.max_length} tokens (data.max_length)"
         return Encoded(examples, lost)
 
+    def _special_ids(self) -> set[int]:
+        added = self.tokenizer.added_tokens_decoder.items()
+        return {*self.tokenizer.all_special_ids, *(number for number, token in added if token.special)}
+
     def _to_answer(self, scoring: Scoring) -> int:
-        return max(scoring.generate if scoring.wants("rougeL") else 0, scoring.samples)
+        return scoring.generate if scoring.generate and scoring.wants("rougeL") else scoring.samples
 
     def _answers(self, model: Any, corpus: Corpus, count: int, scoring: Scoring) -> list[dict[str, str]]:
         """Greedy answers to the last turn of `count` conversations, evenly spaced over the corpus."""
         chosen = np.unique(np.linspace(0, len(corpus) - 1, min(count, len(corpus))).astype(int))
         turns = [_last_answer(corpus[int(i)]) for i in chosen]
-        ends = sorted({int(answer[-1]) for _, answer in turns})
+        ends = {int(answer[-1]) for _, answer in turns} & self._special_ids()  # an answer that was cut has no end
+        reach = longest_input(model.config, self.tokenizer) or sys.maxsize
+        rooms = [min(scoring.max_new_tokens, reach - len(prompt)) for prompt, _ in turns]
         answers: dict[int, str] = {}
-        order = sorted(range(len(turns)), key=lambda i: -len(turns[i][0]))
-        for first in range(0, len(order), scoring.batch_size):
-            part = order[first : first + scoring.batch_size]
-            written = self._generate(model, [turns[i][0] for i in part], ends, scoring)
-            answers |= dict(zip(part, written, strict=True))
-            scoring.advance(len(part))
+        order = sorted(range(len(turns)), key=lambda i: (rooms[i], -len(turns[i][0])))
+        for room, group in groupby(order, key=lambda i: rooms[i]):
+            same = list(group)
+            for first in range(0, len(same), scoring.batch_size):
+                part = same[first : first + scoring.batch_size]
+                written = self._generate(model, [turns[i][0] for i in part], ends, room, scoring)
+                answers |= dict(zip(part, written, strict=True))
+                scoring.advance(len(part))
         decode = self.tokenizer.decode
         return [
             {
@@ -127,15 +142,25 @@ class ChatTask(CausalTask):
         ]
 
     @torch.inference_mode()
-    def _generate(self, model: Any, prompts: list[np.ndarray], ends: list[int], scoring: Scoring) -> list[str]:
-        """Greedy continuations of a batch of prompts, without the token that ends them."""
+    def _generate(
+        self, model: Any, prompts: list[np.ndarray], ends: set[int], room: int, scoring: Scoring
+    ) -> list[str]:
+        """Greedy continuations, of at most `room` tokens, of a batch of prompts, without the token that ends them."""
         from transformers import GenerationConfig
 
+        if room < 1:
+            return [""] * len(prompts)
         batch = self.collate([{"input_ids": prompt, "supervised": np.zeros(len(prompt), bool)} for prompt in prompts])
         known = model.generation_config.eos_token_id
         stops = sorted({*ends, *(known if isinstance(known, list) else [known] if known is not None else [])})
-        config = GenerationConfig(
-            do_sample=False, max_new_tokens=scoring.max_new_tokens, eos_token_id=stops, pad_token_id=self.pad_id
+        config = GenerationConfig(  # the model's own penalties would make answers depend on padding
+            do_sample=False,
+            num_beams=1,
+            repetition_penalty=1.0,
+            no_repeat_ngram_size=0,
+            max_new_tokens=room,
+            eos_token_id=stops,
+            pad_token_id=self.pad_id,
         )
         inputs = {name: batch[name].to(scoring.device) for name in ("input_ids", "attention_mask")}
         with scoring.autocast():

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from llmkit.data.batches import by_length
 from llmkit.data.corpus import Column, Corpus, Example, smallest_unsigned
-from llmkit.errors import RecipeError
+from llmkit.errors import DataError
 from llmkit.metrics.classification import classification_scores
 from llmkit.tasks.base import Batch, Encoded, Scores, Scoring, TaskSettings
 
@@ -29,7 +29,7 @@ class ClassifyTask:
         self.tokenizer = tokenizer
         self.settings = settings
         if len(settings.labels) < 2:
-            raise RecipeError(
+            raise DataError(
                 "classification needs two labels or more",
                 got=", ".join(settings.labels) or "none",
                 hint="look at the label column of the training data",
@@ -43,7 +43,7 @@ class ClassifyTask:
     def columns(self) -> dict[str, Column]:
         """Token ids and the number of the label."""
         return {
-            "input_ids": Column(smallest_unsigned(len(self.tokenizer))),
+            "input_ids": Column(smallest_unsigned(max(self.tokenizer.get_vocab().values()))),
             "label": Column(smallest_unsigned(len(self.settings.labels)), ragged=False),
         }
 
@@ -72,6 +72,8 @@ class ClassifyTask:
             number = self.numbers.get(row["label"])
             if number is None:
                 encoded.append(f"label `{row['label']}` is not among the labels of the training data")
+            elif not after:
+                encoded.append("text has no token")
             else:
                 encoded.append(Encoded([{"input_ids": after, "label": number}], len(before) - len(after)))
         return encoded

@@ -44,12 +44,10 @@ class TextTask(CausalTask):
         sums = self.token_sums(model, corpus, scoring)
         text_bytes = int(np.sum(corpus.values("text_bytes")))
         loss = sums.loss / sums.tokens
-        found = {
-            "loss": loss,
-            "perplexity": math.exp(min(loss, 700.0)),
-            "bits_per_byte": sums.loss / math.log(2) / text_bytes,
-        }
-        return Scores({name: found[name] for name in self.metrics if name in scoring.metrics})
+        found = {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
+        if text_bytes:
+            found["bits_per_byte"] = sums.loss / math.log(2) / text_bytes
+        return Scores({name: found[name] for name in self.metrics if name in scoring.metrics and name in found})
 
     def _windows(self, text: str, encodings: Any, index: int) -> Encoded | str:
         ids = list(encodings["input_ids"][index])
@@ -70,10 +68,11 @@ class TextTask(CausalTask):
         return Encoded(examples)
 
     def _token_bytes(self, text: str, encodings: Any, index: int) -> list[int]:
-        """How many bytes of the text each token stands for; a slow tokenizer spreads them evenly."""
+        """How many bytes of the text each token stands for, all bytes in all; a slow tokenizer spreads them evenly."""
         count = len(encodings["input_ids"][index])
         if "offset_mapping" not in encodings:
             return np.diff(np.linspace(0, len(text.encode()), count + 1).astype(int)).tolist()
-        ends = [max(0, end) for _, end in encodings["offset_mapping"][index]]
+        ends = [end for _, end in encodings["offset_mapping"][index]]
+        ends[-1:] = [len(text)] if ends else []  # white space that the tokenizer trims off the end
         reached = np.maximum.accumulate([0, *ends])
         return [len(text[a:b].encode()) for a, b in pairwise(reached)]

@@ -7,7 +7,6 @@ was stopped and resumed ends with the same bits as one that was not.
 from __future__ import annotations
 
 import math
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -19,12 +18,13 @@ from safetensors.torch import load_file, save_file
 
 from llmkit.data.batches import BatchOrder, by_length
 from llmkit.data.corpus import Corpus
-from llmkit.errors import DataError
+from llmkit.errors import DataError, DivergedError
 from llmkit.model.precision import autocast
-from llmkit.recipe.schema import Training
+from llmkit.recipe.training import Training
 from llmkit.recipe.values import count_of, seconds_of
 from llmkit.run.checkpoint import (
     Checkpoint,
+    link_file,
     optimizer_from_parts,
     optimizer_to_parts,
     read_newest,
@@ -79,6 +79,7 @@ class Fit:
             scaler,
         )
         self.best_file = self.folder / "best.safetensors"
+        self._saved_step: int | None = None
 
     @property
     def unwrapped(self) -> Any:
@@ -103,6 +104,9 @@ class Fit:
                         saved_at, saved_step = time.monotonic(), self.state.step
                     if stop:
                         raise request.error(self.state.step)
+                if any(self.stepper.sum_over_processes([int(request.received is not None)])):  # during the last step
+                    self.save()
+                    raise request.error(self.state.step)
         finally:
             for hook in hooks:
                 hook.close()
@@ -111,15 +115,16 @@ class Fit:
 
     def resume(self) -> bool:
         """Goes back to the newest checkpoint of this folder, if there is one for the same inputs."""
-        found = read_newest(self.folder / "checkpoints", self.fingerprint, self.warn)
+        with self.accelerator.main_process_first():  # which sets damaged ones aside
+            found = read_newest(self.folder / "checkpoints", self.fingerprint, self.warn)
         if found is None:
             return False
-        parameters = dict(self.unwrapped.named_parameters())
-        with torch.no_grad():
-            for name, value in found.parameters.items():
-                parameters[name].copy_(value)
+        self._load(found.weights)
+        if found.best_weights is not None and self.accelerator.is_main_process:
+            link_file(found.best_weights, self.best_file)
         optimizer_from_parts(self.optimizer, found.optimizer_tensors, found.optimizer_values)
         self.state = TrainState(**found.state["state"])
+        self._saved_step = self.state.step
         processes = found.state["random"]
         restore_random_state(processes[self.accelerator.process_index % len(processes)])
         if self.stepper.scaler is not None and found.state["scaler"]:
@@ -131,6 +136,7 @@ class Fit:
         from accelerate.utils import gather_object
 
         random = gather_object([random_state()])
+        self._saved_step = self.state.step
         if not self.accelerator.is_main_process:
             return
         tensors, values = optimizer_to_parts(self.optimizer)
@@ -140,7 +146,7 @@ class Fit:
             self.folder / "checkpoints",
             self.state.step,
             self.fingerprint,
-            Checkpoint(self._trainable(), tensors, values, state),
+            Checkpoint(self._weights(), tensors, values, state, self.best_file if self.state.best_step else None),
             keep=self.training.keep_checkpoints,
         )
 
@@ -150,7 +156,12 @@ class Fit:
         step = self.state.step
         multiplier = self.schedule(step, self.total_steps, self.warmup_steps)
         rates = [rate * multiplier for rate in self.base_rates]
-        result = self.stepper.step(self.train, self.order.batch(step).tolist(), rates, stop)
+        examples = self.order.batch(step).tolist()
+        try:
+            result = self.stepper.step(self.train, examples, rates, stop)
+        except DivergedError as error:
+            got = f"{error.got} in step {step + 1}, on the examples {', '.join(map(str, examples[:16]))}"
+            raise DivergedError(error.what, got=got, hint=error.hint, where=self.train.folder) from None
         seconds = time.perf_counter() - started
         self.state.step += 1
         self.state.tokens += result.tokens
@@ -169,9 +180,15 @@ class Fit:
 
     def _evaluate(self, hooks: Sequence[Hook]) -> None:
         loss = self.held_out_loss()
+        if not math.isfinite(loss):
+            raise DivergedError(
+                "the held-out loss is not a finite number",
+                got=f"{loss} after step {self.state.step}",
+                hint="lower the learning rate, use precision: fp32, or look at the held-out data",
+            )
         if self.state.note_evaluation(loss, self.training.early_stopping) and self.accelerator.is_main_process:
             aside = self.best_file.with_suffix(".tmp")
-            save_file(self._trainable(), aside)
+            save_file(self._weights(), aside)
             aside.replace(self.best_file)
         for hook in hooks:
             hook.after_evaluation(self.state, {"eval_loss": loss})
@@ -216,26 +233,32 @@ class Fit:
         rule = self.training.early_stopping
         return rule is not None and self.state.evaluations_without_gain >= rule.patience
 
-    def forget_checkpoints(self) -> None:
-        """Deletes what only served to resume, once the model stands; the last weights stay when the best are others."""
-        if self.state.best_step in (None, self.state.step):
-            shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
-            self.best_file.unlink(missing_ok=True)
+    @property
+    def disposable(self) -> tuple[Path, ...]:
+        """What is not needed once the model stands: all that served to resume, unless the best weights are not the last."""
+        best_is_last = self.state.best_step in (None, self.state.step)
+        return (self.folder / "checkpoints", self.best_file) if best_is_last else ()
 
     def _settle(self) -> None:
         """Puts the best weights into the model when they are wanted, keeping the last ones in a checkpoint."""
         if self.training.keep == "last" or self.state.best_step in (None, self.state.step):
             return
-        self.save()
+        if self._saved_step != self.state.step:
+            self.save()
         self.accelerator.wait_for_everyone()
-        parameters = dict(self.unwrapped.named_parameters())
-        with torch.no_grad():
-            for name, value in load_file(self.best_file).items():
-                parameters[name].copy_(value)
+        self._load(load_file(self.best_file))
 
-    def _trainable(self) -> dict[str, torch.Tensor]:
-        return {
-            name: parameter.detach().cpu().contiguous()
-            for name, parameter in self.unwrapped.named_parameters()
-            if parameter.requires_grad
-        }
+    def _weights(self) -> dict[str, torch.Tensor]:
+        """What training changes: trainable parameters, and the buffers that are saved with a model."""
+        model = self.unwrapped
+        saved = model.state_dict().keys()
+        found = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        found |= {name: buffer for name, buffer in model.named_buffers() if name in saved}
+        return {name: tensor.detach().cpu().contiguous() for name, tensor in found.items()}
+
+    @torch.no_grad()
+    def _load(self, weights: dict[str, torch.Tensor]) -> None:
+        """Puts back what `_weights` gave."""
+        tensors = {**dict(self.unwrapped.named_parameters()), **dict(self.unwrapped.named_buffers())}
+        for name, value in weights.items():
+            tensors[name].copy_(value)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from llmkit.recipe.schema import EarlyStopping
+from llmkit.recipe.training import EarlyStopping
 
 
 @dataclass
@@ -24,6 +24,7 @@ class TrainState:
     eval_loss: float | None = None
     best_loss: float | None = None
     best_step: int | None = None
+    loss_to_beat: float | None = None  # by min_delta, for early stopping; the best may be a little lower
     evaluations_without_gain: int = 0
 
     @property
@@ -40,10 +41,13 @@ class TrainState:
         """Takes in a held-out loss; True when it is the best so far."""
         self.eval_loss = loss
         margin = rule.min_delta if rule else 0.0
-        if self.best_loss is None or loss < self.best_loss - margin:
-            self.best_loss, self.best_step, self.evaluations_without_gain = loss, self.step, 0
+        if self.loss_to_beat is None or loss < self.loss_to_beat - margin:
+            self.loss_to_beat, self.evaluations_without_gain = loss, 0
+        else:
+            self.evaluations_without_gain += 1
+        if self.best_loss is None or loss < self.best_loss:
+            self.best_loss, self.best_step = loss, self.step
             return True
-        self.evaluations_without_gain += 1
         return False
 
     def to_json(self) -> dict[str, Any]:
@@ -51,17 +55,25 @@ class TrainState:
         return asdict(self)
 
 
-def random_state() -> dict[str, str]:
-    """The state of the random numbers of this process, as text. Python's and NumPy's are not drawn from in a step."""
-    state = {"torch": torch.get_rng_state().numpy().tobytes().hex()}
+def random_state() -> dict[str, Any]:
+    """The state of all random numbers of this process, as JSON values."""
+    kind, keys, *rest = np.random.get_state(legacy=True)
+    state: dict[str, Any] = {
+        "torch": torch.get_rng_state().numpy().tobytes().hex(),
+        "numpy": [kind, np.asarray(keys).tolist(), *rest],
+        "python": random.getstate(),
+    }
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state().numpy().tobytes().hex()
     return state
 
 
-def restore_random_state(state: dict[str, str]) -> None:
+def restore_random_state(state: dict[str, Any]) -> None:
     """Puts back what `random_state` gave."""
     torch.set_rng_state(_bytes(state["torch"]))
+    np.random.set_state(tuple(state["numpy"]))
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
     if torch.cuda.is_available() and "cuda" in state:
         torch.cuda.set_rng_state(_bytes(state["cuda"]))
 

@@ -6,6 +6,7 @@ micro-batches and spread over processes changes nothing but speed.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -37,10 +38,13 @@ class Objective(Protocol):
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step did; `stop` is True when any process was asked to stop."""
+    """What a step did; `stop` is True when any process was asked to stop.
+
+    `grad_norm` is None when gradients overflowed in fp16: the weights then stay and the scale of the loss is lowered.
+    """
 
     loss: float
-    grad_norm: float
+    grad_norm: float | None
     tokens: int
     supervised: int
     stop: bool
@@ -69,14 +73,15 @@ class Stepper:
         tokens = sum(int(batch["attention_mask"].sum()) for batch in micro_batches)
         if len(numbers) <= self.accelerator.process_index:
             supervised = tokens = 0  # a stand-in example, so that every process takes part; it weighs nothing
-        supervised_in_all, tokens_in_all, stops = self._sum_over_processes([supervised, tokens, int(stop)])
-        loss = self._backward(micro_batches, supervised_in_all, weigh=supervised > 0)
-        grad_norm = self._clip()
-        if not (torch.isfinite(loss) and torch.isfinite(grad_norm)) and self.scaler is None:
+        supervised_in_all, tokens_in_all, stops = self.sum_over_processes([supervised, tokens, int(stop)])
+        loss = self._backward(micro_batches, supervised_in_all, weigh=supervised > 0).item()
+        grad_norm = self._clip().item()
+        overflowed = not math.isfinite(grad_norm) and self.scaler is not None and self.scaler.get_scale() > 1
+        if not (math.isfinite(loss) and (math.isfinite(grad_norm) or overflowed)):
             self.optimizer.zero_grad()
             raise DivergedError(
                 "the loss or its gradient is not a finite number",
-                got=f"loss {loss.item():.4g}, gradient norm {grad_norm.item():.4g}",
+                got=f"loss {loss:.4g}, gradient norm {grad_norm:.4g}",
                 hint="lower the learning rate, use precision: fp32, or look at the data of this step",
             )
         for group, rate in zip(self.optimizer.param_groups, learning_rates, strict=True):
@@ -87,7 +92,7 @@ class Stepper:
             self.scaler.step(self.optimizer)
             self.scaler.update()
         self.optimizer.zero_grad()
-        return StepResult(loss.item(), grad_norm.item(), tokens_in_all, supervised_in_all, stops > 0)
+        return StepResult(loss, None if overflowed else grad_norm, tokens_in_all, supervised_in_all, stops > 0)
 
     def _share_of_this_process(self, corpus: Corpus, numbers: Sequence[int]) -> list[Batch]:
         rank, processes = self.accelerator.process_index, self.accelerator.num_processes
@@ -121,7 +126,8 @@ class Stepper:
         limit = float("inf") if self.max_grad_norm is None else self.max_grad_norm
         return torch.nn.utils.clip_grad_norm_(trainable, limit)
 
-    def _sum_over_processes(self, counts: list[int]) -> list[int]:
+    def sum_over_processes(self, counts: list[int]) -> list[int]:
+        """Each count summed over all processes, which must all call this."""
         if self.accelerator.num_processes == 1:
             return counts
         summed = self.accelerator.reduce(torch.tensor(counts, device=self.accelerator.device), "sum")

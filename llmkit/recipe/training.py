@@ -1,0 +1,101 @@
+"""The keys of the stages that train."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+
+from llmkit.recipe.fields import NO_RESULT, DurationOrSteps, Rate, Section, ShareOrCount, Sources, named
+
+
+class Optimizer(BaseModel):
+    """An optimizer by name, and its own options."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    name: Annotated[str, BeforeValidator(named("optimizer"))] = "adamw"
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Everything but the name."""
+        return dict(self.model_extra or {})
+
+
+def _as_optimizer(value: object) -> object:
+    return {"name": value} if isinstance(value, str) else value
+
+
+class EarlyStopping(Section):
+    """Ends training when the held-out loss stops falling."""
+
+    patience: int = Field(3, gt=0, description="evaluations without a better held-out loss before training ends")
+    min_delta: float = Field(0.0, ge=0, description="how much lower a loss must be to count as better")
+
+
+class Training(Section):
+    """What pretraining and fine-tuning have in common."""
+
+    epochs: float | None = Field(None, gt=0)
+    steps: int | None = Field(None, gt=0, description="optimizer steps; in place of epochs")
+    batch_size: int = Field(8, gt=0, description="examples a step, over all processes")
+    micro_batch_size: int | None = Field(None, gt=0, description="examples a process computes at once; all when absent")
+    schedule: Annotated[str, BeforeValidator(named("schedule"))] = "cosine"
+    warmup: ShareOrCount = Field("3%", description="of the steps, or a number of steps")
+    optimizer: Annotated[Optimizer, BeforeValidator(_as_optimizer)] = Optimizer()
+    weight_decay: float = Field(0.01, ge=0)
+    max_grad_norm: float | None = Field(1.0, gt=0, description="gradients are scaled down to this norm; null for never")
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    eval_every: int | None = Field(None, gt=0, description="steps between evaluations; at the end only when absent")
+    early_stopping: EarlyStopping | None = None
+    keep: Literal["best", "last"] = Field(
+        "best", description="which weights become the model: by held-out loss, or last"
+    )
+    save_every: DurationOrSteps = Field("10min", description="or a number of steps", json_schema_extra=NO_RESULT)
+    keep_checkpoints: int = Field(2, gt=0, description="newest checkpoints to keep", json_schema_extra=NO_RESULT)
+    log_every: int = Field(10, gt=0, description="steps", json_schema_extra=NO_RESULT)
+    trackers: tuple[str, ...] = Field(("tensorboard",), description="of Accelerate", json_schema_extra=NO_RESULT)
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Training:
+        if self.epochs is not None and self.steps is not None:
+            raise ValueError("takes `epochs` or `steps`, not both")
+        if self.early_stopping is not None and self.eval_every is None:
+            raise ValueError("`early_stopping` needs `eval_every`, the number of steps between evaluations")
+        return self
+
+
+class Tokenizer(Section):
+    """A tokenizer to train on the pretraining text."""
+
+    train: Literal["bpe", "unigram", "wordpiece"] = "bpe"
+    vocab_size: int = Field(8192, ge=300)
+
+
+def _as_tokenizer(value: object) -> object:
+    return value if not isinstance(value, Tokenizer) else value.model_dump()
+
+
+class Pretrain(Training):
+    """Learning from plain text: from scratch when `architecture` is given, else from the recipe's model."""
+
+    data: Sources | None = Field(None, description="plain text; data.train when absent")
+    architecture: dict[str, Any] | None = Field(None, description="a Transformers config: model_type and sizes")
+    tokenizer: Annotated[str | Tokenizer | None, BeforeValidator(_as_tokenizer)] = Field(
+        None, description="URI of a model to take it from, or {train: bpe, vocab_size: 8192}"
+    )
+    max_length: int | None = Field(None, gt=1, description="tokens a window; data.max_length when absent")
+    lr: Rate = "auto"
+
+    @field_validator("architecture")
+    @classmethod
+    def _names_a_type(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
+        if value is not None and not isinstance(value.get("model_type"), str):
+            raise ValueError("should have `model_type`, the name of a Transformers architecture such as gpt2")
+        return value
+
+
+class Finetune(Training):
+    """Learning the task, gently."""
+
+    lr: Rate = Field("auto", description="the parent's peak rate times lr_scale, or a number")
+    lr_scale: float = Field(0.1, gt=0)

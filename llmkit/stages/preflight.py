@@ -1,0 +1,85 @@
+"""What can be known to fail before any stage has run: names and options that only the code behind them knows.
+
+The recipe's own checks come first and need no heavy import; these come next, so that a metric's name that is misspelt
+does not wait for the training to end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+from llmkit.data.filters import build_filters
+from llmkit.errors import Problem, RecipeError, did_you_mean
+from llmkit.model.freezing import FreezeRules, plan_freeze
+from llmkit.model.loading import build_on_meta, load_config
+from llmkit.model.location import locate
+from llmkit.optim import build_optimizer
+from llmkit.recipe.schema import Recipe
+from llmkit.stages.base import task_class
+
+
+def check_recipe(recipe: Recipe) -> None:
+    """Raises RecipeError with every wrong filter, optimizer option, metric and freeze rule of the stages to be run."""
+    problems: list[Problem] = []
+    for check in _checks(recipe):
+        try:
+            check()
+        except RecipeError as error:
+            problems += error.problems
+    if problems:
+        one = problems[0] if len(problems) == 1 else Problem(f"the recipe has {len(problems)} mistakes")
+        raise RecipeError(
+            one.what, got=one.got, expected=one.expected, hint=one.hint, where=one.where, problems=problems
+        )
+
+
+def _checks(recipe: Recipe) -> Iterator[Callable[[], Any]]:
+    yield lambda: build_filters(recipe.data.filters)
+    if "pretrain" in recipe.plan and recipe.pretrain is not None:
+        yield lambda: _check_optimizer("pretrain", recipe.pretrain)
+    if "finetune" in recipe.plan:
+        yield lambda: _check_optimizer("finetune", recipe.finetune)
+    if "freeze" in recipe.plan and "pretrain" in recipe.plan and recipe.model is not None:
+        yield lambda: _check_freeze(recipe)  # without pretraining the freeze stage itself is early enough
+    if "evaluate" in recipe.plan:
+        yield lambda: _check_metrics(recipe)
+
+
+def _check_optimizer(stage: str, training: Any) -> None:
+    """Builds the optimizer for one made-up parameter; its mistakes are those of the stage's section."""
+    import torch
+
+    groups = [{"params": [torch.nn.Parameter(torch.zeros(1))]}]
+    try:
+        build_optimizer(training.optimizer.name, groups, lr=1e-5, options=training.optimizer.options)
+    except RecipeError as error:
+        raise RecipeError(
+            error.what, problems=[replace(problem, where=f"{stage}.{problem.where}") for problem in error.problems]
+        ) from None
+
+
+def _check_freeze(recipe: Recipe) -> None:
+    """Plans the freezing of the model that pretraining goes on from; it has the same parts afterwards."""
+    assert recipe.freeze is not None, "the schema asks for a section `freeze` when there is such a stage"
+    config = load_config(locate(str(recipe.model)))
+    plan_freeze(build_on_meta(config, task_class(recipe).auto_class), FreezeRules(**recipe.freeze.model_dump()))
+
+
+def _check_metrics(recipe: Recipe) -> None:
+    known = task_class(recipe).metrics
+    wanted = recipe.evaluate.metrics
+    problems = [
+        Problem(
+            f"the task {recipe.task} has no metric `{name}`",
+            name,
+            "one of " + ", ".join(known),
+            did_you_mean(name, known),
+            "evaluate.metrics",
+        )
+        for name in (() if wanted == "auto" else wanted)
+        if name not in known
+    ]
+    if problems:
+        raise RecipeError(problems[0].what, problems=problems)

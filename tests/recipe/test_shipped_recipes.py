@@ -1,0 +1,58 @@
+"""Every recipe that ships is accepted, says how it is run, and passes --dry-run."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import Cli
+
+from llmkit.recipe.load import load_recipe
+
+FOLDER = Path(__file__).parents[2] / "recipes"
+RECIPES = sorted(FOLDER.glob("*.yaml"))
+names = pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+
+
+def test_there_are_recipes() -> None:
+    assert {"quickstart", "classify-docstrings", "gpt-from-scratch"} <= {path.stem for path in RECIPES}
+    assert not [item for item in FOLDER.iterdir() if item.suffix != ".yaml"]
+
+
+@names
+def test_a_recipe_opens_with_the_command_that_runs_it(path: Path) -> None:
+    comment = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if not line.startswith("#"):
+            break
+        comment.append(line)
+    assert any(f"llmkit run recipes/{path.name}" in line for line in comment)
+    assert any("Takes about" in line for line in comment)
+
+
+@names
+def test_a_recipe_is_named_as_its_file_and_accepted(path: Path) -> None:
+    recipe = load_recipe(path)
+    assert recipe.name == path.stem
+
+
+@names
+def test_no_recipe_is_a_copy_of_another(path: Path) -> None:
+    def keys(recipe: Path) -> dict[str, object]:
+        return {key: value for key, value in yaml.safe_load(recipe.read_text()).items() if key != "name"}
+
+    assert [other for other in RECIPES if keys(other) == keys(path)] == [path]
+
+
+@names
+@pytest.mark.slow
+def test_a_recipe_passes_dry_run(path: Path, cli: Cli, tmp_path: Path) -> None:
+    model = load_recipe(path).model
+    if model is not None and importlib.util.find_spec(model.removeprefix("pkg://").split("/")[0]) is None:
+        pytest.skip(f"{model} is not installed")
+    done = cli("run", path, "--dry-run", "--json", "-o", tmp_path / "run")
+    assert done.code == 0, done.out
+    assert list(done.json["stages"]) == list(load_recipe(path).plan)
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,184 @@
+"""Small trainings for the tests: tiny models from a config, random corpora, and a Fit over them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedModel
+
+from llmkit import catalog
+from llmkit.data.corpus import Column, Corpus, CorpusWriter
+from llmkit.model.groups import parameter_groups
+from llmkit.optim import build_optimizer
+from llmkit.recipe.training import Training
+from llmkit.run.log import MetricsLog, read_metrics
+from llmkit.tasks.base import TaskSettings
+from llmkit.tasks.causal import CausalTask
+from llmkit.train.hooks.metrics_log import MetricsLogHook
+from llmkit.train.loop import Fit
+from llmkit.train.state import TrainState, seed_everything
+
+WORDS = 61
+COLUMNS = {"input_ids": Column("uint8"), "supervised": Column("bool")}
+
+
+def tiny_model(family: str = "llama", *, dropout: float = 0.0, seed: int = 1) -> PreTrainedModel:
+    """A causal language model of some thousand parameters."""
+    configs = {
+        "llama": LlamaConfig(
+            vocab_size=WORDS,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=64,
+            attention_dropout=dropout,
+        ),
+        "gpt2": GPT2Config(
+            vocab_size=WORDS,
+            n_embd=32,
+            n_layer=2,
+            n_head=4,
+            n_positions=64,
+            attn_pdrop=dropout,
+            embd_pdrop=dropout,
+            resid_pdrop=dropout,
+        ),
+    }
+    config = configs[family]
+    config.use_cache = False
+    torch.manual_seed(seed)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():  # large enough weights that position and padding would show
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(std=0.15)
+    return model
+
+
+def tiny_task() -> CausalTask:
+    """Next-token prediction over corpora that hold token ids already."""
+    tokenizer = SimpleNamespace(pad_token_id=0, eos_token_id=1, get_vocab=lambda: {str(i): i for i in range(WORDS)})
+    return CausalTask(tokenizer, TaskSettings(64))
+
+
+def random_corpus(folder: Path, count: int, seed: int = 0) -> Corpus:
+    """Examples of 4 to 24 tokens that follow a rule with some noise, half of them supervised."""
+    rng = np.random.default_rng(seed)
+    writer = CorpusWriter(folder, COLUMNS)
+    for _ in range(count):
+        length = int(rng.integers(4, 25))
+        ids = (np.arange(length) * rng.integers(1, 4) + rng.integers(0, WORDS) + rng.integers(0, 2, length)) % WORDS
+        supervised = rng.random(length) < 0.5
+        supervised[-1] = True
+        writer.add({"input_ids": ids, "supervised": supervised})
+    return writer.finish({})
+
+
+def make_fit(folder: Path, train: Corpus, held_out: Corpus | None = None, **given: Any) -> Fit:
+    """A Fit; keywords are those of a Training, and lr, model, precision, fingerprint, warn, accelerator, task, seed."""
+    own = {
+        "lr": 3e-3,
+        "precision": "fp32",
+        "fingerprint": "f",
+        "warn": lambda text: None,
+        "task": None,
+        "accelerator": None,
+        "model": None,
+        "seed": 3,
+    }
+    own |= {key: given.pop(key) for key in tuple(given) if key in own}
+    training = Training(**({"batch_size": 8, "steps": 12, "log_every": 1, "warmup": 2, "trackers": ()} | given))
+    folder.mkdir(exist_ok=True)
+    model = own["model"] if own["model"] is not None else tiny_model()
+    accelerator = own["accelerator"] or Accelerator(cpu=True)
+    seed_everything(own["seed"] + accelerator.process_index)
+    groups = parameter_groups(model, lr=own["lr"], weight_decay=training.weight_decay)
+    options = training.optimizer.options
+    return Fit(
+        accelerator=accelerator,
+        model=model.to(accelerator.device),
+        objective=own["task"] or tiny_task(),
+        optimizer=build_optimizer(training.optimizer.name, groups, lr=own["lr"], options=options),
+        schedule=catalog.resolve("schedule", training.schedule),
+        training=training,
+        train=train,
+        held_out=held_out,
+        seed=own["seed"],
+        precision=own["precision"],
+        folder=folder,
+        fingerprint=own["fingerprint"],
+        warn=own["warn"],
+    )
+
+
+def one_thread() -> Iterator[None]:
+    """A fixture: the models are too small for more threads, and sums keep one order."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+class Recorder:
+    """A hook that keeps what it is told, and calls `at[step]` after that step."""
+
+    def __init__(self, at: dict[int, Any] | None = None) -> None:
+        self.steps: list[dict[str, Any]] = []
+        self.evaluations: list[tuple[int, float]] = []
+        self.closed = 0
+        self.at = at or {}
+
+    def after_step(self, state: TrainState, values: dict[str, Any]) -> None:
+        self.steps.append({"step": state.step, "tokens": state.tokens, **values})
+        if state.step in self.at:
+            self.at[state.step]()
+
+    def after_evaluation(self, state: TrainState, values: dict[str, Any]) -> None:
+        self.evaluations.append((state.step, values["eval_loss"]))
+
+    def close(self) -> None:
+        self.closed += 1
+
+    def of(self, key: str) -> list[Any]:
+        return [values[key] for values in self.steps]
+
+
+def logged(fit: Fit) -> MetricsLogHook:
+    """The metrics log that a stage would open for this Fit, next to its folder."""
+    path = fit.folder.parent / f"{fit.folder.name}.jsonl"
+    return MetricsLogHook(MetricsLog(path, "finetune", step=fit.state.step), fit.training.log_every)
+
+
+def log_of(fit: Fit) -> list[dict[str, Any]]:
+    """What was logged, without speeds, which are never the same."""
+    lines = read_metrics(fit.folder.parent / f"{fit.folder.name}.jsonl")
+    return [{key: value for key, value in line.items() if key != "tokens_per_second"} for line in lines]
+
+
+def weights_of(fit: Fit) -> dict[str, torch.Tensor]:
+    """A copy of all parameters."""
+    return {name: parameter.detach().clone() for name, parameter in fit.unwrapped.named_parameters()}
+
+
+def moments_of(fit: Fit) -> dict[str, torch.Tensor]:
+    """A copy of the optimizer's tensors."""
+    state = fit.optimizer.state_dict()["state"]
+    return {f"{n}.{key}": torch.as_tensor(value).clone() for n, e in state.items() for key, value in e.items()}
+
+
+def same_bits(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    """True when both hold the same names with the same bits."""
+    return one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+def facts_of(state: TrainState) -> dict[str, Any]:
+    """The state without the time that it took."""
+    return {key: value for key, value in state.to_json().items() if key != "seconds"}

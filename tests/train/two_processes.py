@@ -1,0 +1,56 @@
+"""Run by torchrun in test_processes.py: the training of a case, with its outcome written by the first process."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from fitting import Recorder, facts_of, make_fit, tiny_model
+from safetensors.torch import save_file
+
+from llmkit.data.corpus import Corpus
+
+
+def main(folder: Path, case: str) -> None:
+    torch.set_num_threads(1)
+    given = json.loads(case)
+    stop_after, cpu = given.pop("stop_after", None), Accelerator(cpu=True)
+    family = given.pop("family", "llama")
+    fit = make_fit(
+        folder / "fit",
+        Corpus(folder.parent / "train"),
+        Corpus(folder.parent / "eval"),
+        model=tiny_model(family, dropout=given.pop("dropout", 0.0)),
+        accelerator=cpu,
+        **given,
+    )
+    fit.resume()
+    recorder = Recorder()
+    if stop_after is not None and cpu.process_index == cpu.num_processes - 1:  # the last process alone is signalled
+        import os
+        import signal
+
+        recorder.at[stop_after] = lambda: os.kill(os.getpid(), signal.SIGUSR1)
+    status = "done"
+    try:
+        fit.run([recorder])
+    except Exception as error:
+        status = type(error).__name__
+    own = {name: parameter.detach().clone() for name, parameter in fit.unwrapped.named_parameters()}
+    save_file(own, folder / f"weights-{cpu.process_index}.safetensors")
+    found = {
+        "status": status,
+        "processes": cpu.num_processes,
+        "steps": [{k: v for k, v in s.items() if k != "tokens_per_second"} for s in recorder.steps],
+        "evaluations": recorder.evaluations,
+        "facts": facts_of(fit.state),
+    }
+    (folder / f"found-{cpu.process_index}.json").write_text(json.dumps(found))
+    cpu.end_training()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2])
