@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -30,7 +31,6 @@ def main(folder: Path, case: str) -> None:
     fit.resume()
     recorder = Recorder()
     if stop_after is not None and cpu.process_index == cpu.num_processes - 1:  # the last process alone is signalled
-        import os
         import signal
 
         recorder.at[stop_after] = lambda: os.kill(os.getpid(), signal.SIGUSR1)
@@ -49,8 +49,9 @@ def main(folder: Path, case: str) -> None:
         "facts": facts_of(fit.state),
     }
     (folder / f"found-{cpu.process_index}.json").write_text(json.dumps(found))
-    cpu.end_training()
+    cpu.wait_for_everyone()
 
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), sys.argv[2])
+    os._exit(0)  # as `llmkit` itself does: gloo can wait for ever while the interpreter is taken down
