@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from pathlib import Path
 
 import pytest
 import yaml
 from conftest import Cli
 
+from llmkit.catalog import resolve
 from llmkit.recipe.load import load_recipe
 
 FOLDER = Path(__file__).parents[2] / "recipes"
@@ -56,3 +58,30 @@ def test_a_recipe_passes_dry_run(path: Path, cli: Cli, tmp_path: Path) -> None:
     assert done.code == 0, done.out
     assert list(done.json["stages"]) == list(load_recipe(path).plan)
     assert not (tmp_path / "run").exists()
+
+
+_SHORTENED = {
+    "quickstart": [
+        *("data.eval=0.2%", "pretrain.steps=1", "pretrain.batch_size=1", "pretrain.max_length=64", "pretrain.warmup=0"),
+        *("finetune.steps=2", "finetune.batch_size=2", "evaluate.generate=1", "evaluate.samples=1"),
+    ],
+    "classify-docstrings": ["finetune.epochs=null", "finetune.steps=2", "finetune.eval_every=1", "data.eval=2%"],
+    "gpt-from-scratch": ["pretrain.steps=2", "pretrain.eval_every=1", "data.eval=0.5%"],
+}
+
+
+@names
+@pytest.mark.slow
+def test_a_recipe_runs_with_its_real_model_and_data(path: Path, cli: Cli, tmp_path: Path) -> None:
+    recipe = load_recipe(path)
+    if recipe.model is not None and importlib.util.find_spec(recipe.model.removeprefix("pkg://").split("/")[0]) is None:
+        pytest.skip(f"{recipe.model} is not installed")
+    shortened = [word for setting in _SHORTENED[path.stem] for word in ("--set", setting)]
+    done = cli("run", path, "-o", tmp_path / "run", "--json", *shortened)
+    assert done.code == 0, done.out
+    results = json.loads((tmp_path / "run" / "evaluate" / "results.json").read_text())
+    task = resolve("task", recipe.task)
+    assert list(results["model"]) == list(task.metrics)
+    assert ("parent" in results) == (recipe.model is not None)
+    again = cli("run", path, "-o", tmp_path / "run", "--dry-run", "--json", *shortened)
+    assert not any(stage["runs"] for stage in again.json["stages"].values())
