@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from llmkit.data.corpus import Corpus
-from llmkit.errors import ArtifactError, RecipeError, did_you_mean
+from llmkit.errors import ArtifactError, Problem, RecipeError, did_you_mean
 from llmkit.files import digest_json, write_json
 from llmkit.model.folder import weights_digest
 from llmkit.model.loading import load_config, load_model
@@ -16,7 +16,7 @@ from llmkit.model.location import locate
 from llmkit.model.precision import autocast, choose_precision, default_device
 from llmkit.recipe.schema import Recipe, result_keys
 from llmkit.run.directory import Artifact, Run
-from llmkit.stages.base import model_before, model_content, require_corpus, task_for, upstream_models
+from llmkit.stages.base import model_before, model_content, require_corpus, task_class, task_for, upstream_models
 from llmkit.tasks.base import Scores, Scoring, Task
 from llmkit.train.state import seed_everything
 
@@ -51,7 +51,7 @@ class Evaluate:
         precision, why = choose_precision(recipe.evaluate.precision, default_device())
         if why:
             run.guess("evaluate.precision", precision, why)
-        scoring = scoring_for(recipe, task, len(corpus), precision)
+        scoring = scoring_for(recipe, len(corpus), precision)
         scores = {"model": _score(recipe, run, task, corpus, scoring, model_before(recipe, run, self.name), "model")}
         against = _against(recipe)
         if against is not None:
@@ -72,24 +72,35 @@ class Evaluate:
 STAGE = Evaluate()
 
 
-def scoring_for(recipe: Recipe, task: Task, examples: int, precision: str) -> Scoring:
-    """How this recipe scores a model that computes in `precision`. Raises RecipeError for a metric that the task has not."""
+def wanted_metrics(recipe: Recipe) -> tuple[str, ...]:
+    """The metrics that the recipe asks for. Raises RecipeError naming all that its task has not."""
+    known, wanted = task_class(recipe).metrics, recipe.evaluate.metrics
+    if wanted == "auto":
+        return known
+    problems = [
+        Problem(
+            f"the task {recipe.task} has no metric `{name}`",
+            got=name,
+            expected="one of " + ", ".join(known),
+            hint=did_you_mean(name, known),
+            where="evaluate.metrics",
+        )
+        for name in wanted
+        if name not in known
+    ]
+    if problems:
+        raise RecipeError(problems[0].what, problems=problems)
+    return tuple(wanted)
+
+
+def scoring_for(recipe: Recipe, examples: int, precision: str) -> Scoring:
+    """How this recipe scores a model that computes in `precision`. Raises RecipeError as `wanted_metrics` does."""
     keys, device = recipe.evaluate, default_device()
-    wanted = task.metrics if keys.metrics == "auto" else keys.metrics
-    for name in wanted:
-        if name not in task.metrics:
-            raise RecipeError(
-                f"the task {recipe.task} has no metric `{name}`",
-                got=name,
-                expected="one of " + ", ".join(task.metrics),
-                hint=did_you_mean(name, task.metrics),
-                where="evaluate.metrics",
-            )
     return Scoring(
         device=device,
         autocast=lambda: autocast(device, precision),
         batch_size=keys.batch_size,
-        metrics=tuple(wanted),
+        metrics=wanted_metrics(recipe),
         generate=min(keys.generate, examples),
         max_new_tokens=keys.max_new_tokens,
         samples=min(keys.samples, examples),

@@ -67,7 +67,7 @@ class Finetune:
         artifact, fit = train_and_save(job)
         metrics = dict(artifact.metrics)
         if fit.accelerator.is_main_process and held_out is not None and len(held_out):
-            scoring = scoring_for(recipe, task, len(held_out), fit.precision)
+            scoring = scoring_for(recipe, len(held_out), fit.precision)
             scores = task.evaluate(fit.unwrapped.eval(), held_out, replace(scoring, generate=0, samples=0))
             metrics |= scores.metrics
         return replace(artifact, metrics=metrics)

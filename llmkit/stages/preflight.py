@@ -11,13 +11,14 @@ from dataclasses import replace
 from typing import Any
 
 from llmkit.data.filters import build_filters
-from llmkit.errors import Problem, RecipeError, did_you_mean
+from llmkit.errors import Problem, RecipeError
 from llmkit.model.freezing import FreezeRules, plan_freeze
 from llmkit.model.loading import build_on_meta, load_config
 from llmkit.model.location import locate
 from llmkit.optim import build_optimizer
 from llmkit.recipe.schema import Recipe
 from llmkit.stages.base import task_class
+from llmkit.stages.evaluate import wanted_metrics
 
 
 def check_recipe(recipe: Recipe) -> None:
@@ -44,7 +45,7 @@ def _checks(recipe: Recipe) -> Iterator[Callable[[], Any]]:
     if "freeze" in recipe.plan and "pretrain" in recipe.plan and recipe.model is not None:
         yield lambda: _check_freeze(recipe)  # without pretraining the freeze stage itself is early enough
     if "evaluate" in recipe.plan:
-        yield lambda: _check_metrics(recipe)
+        yield lambda: wanted_metrics(recipe)
 
 
 def _check_optimizer(stage: str, training: Any) -> None:
@@ -65,21 +66,3 @@ def _check_freeze(recipe: Recipe) -> None:
     assert recipe.freeze is not None, "the schema asks for a section `freeze` when there is such a stage"
     config = load_config(locate(str(recipe.model)))
     plan_freeze(build_on_meta(config, task_class(recipe).auto_class), FreezeRules(**recipe.freeze.model_dump()))
-
-
-def _check_metrics(recipe: Recipe) -> None:
-    known = task_class(recipe).metrics
-    wanted = recipe.evaluate.metrics
-    problems = [
-        Problem(
-            f"the task {recipe.task} has no metric `{name}`",
-            name,
-            "one of " + ", ".join(known),
-            did_you_mean(name, known),
-            "evaluate.metrics",
-        )
-        for name in (() if wanted == "auto" else wanted)
-        if name not in known
-    ]
-    if problems:
-        raise RecipeError(problems[0].what, problems=problems)
