@@ -12,7 +12,7 @@ from llmkit.recipe.schema import Recipe
 from llmkit.run.directory import Run
 from llmkit.stages.base import task_class
 from llmkit.stages.preprocess import settings_for, tokenizer_for
-from llmkit.stages.rows import RecipeRows
+from llmkit.stages.rows import RecipeRows, encode_rows
 from llmkit.tasks.base import Encoded
 
 
@@ -52,19 +52,17 @@ def inspect_data(recipe: Recipe, run: Run, examples: int) -> Inspection:
     unusable, lengths, supervised, cut, lost = list(rows.rejected), [], [], 0, 0
     shown: list[ShownExample] = []
     step = max(1, len(kept) // max(examples, 1))
-    for start in range(0, len(kept), 1000):
-        part = kept[start : start + 1000]
-        for number, (row, encoded) in enumerate(zip(part, task.encode([k.row for k in part]), strict=True), start):
-            if not isinstance(encoded, Encoded):
-                unusable.append(Rejected(encoded, row.where))
-                continue
-            cut += encoded.lost_tokens > 0
-            lost += encoded.lost_tokens
-            for example in encoded.examples:
-                lengths.append(len(example[task.size_column]))
-                supervised.append(int(np.sum(example.get("supervised", 0))))
-            if number % step == 0 and len(shown) < examples:
-                shown.append(_shown(tokenizer, encoded.examples[0], str(row.where), rows.labels))
+    for number, (row, encoded) in enumerate(encode_rows(task, kept)):
+        if not isinstance(encoded, Encoded):
+            unusable.append(Rejected(encoded, row.where))
+            continue
+        cut += encoded.lost_tokens > 0
+        lost += encoded.lost_tokens
+        for example in encoded.examples:
+            lengths.append(len(example[task.size_column]))
+            supervised.append(int(np.sum(example.get("supervised", 0))))
+        if number % step == 0 and len(shown) < examples:
+            shown.append(_shown(tokenizer, encoded.examples[0], str(row.where), rows.labels))
     counts = {
         "rows read": rows.read,
         "rows to train on": len(rows.train),

@@ -25,11 +25,9 @@ from llmkit.recipe.training import Tokenizer
 from llmkit.recipe.values import count_of, is_share
 from llmkit.run.directory import Artifact, Run
 from llmkit.stages.base import pretraining_corpora, relative_files, task_class
-from llmkit.stages.rows import RecipeRows
+from llmkit.stages.rows import RecipeRows, encode_rows
 from llmkit.stages.statistics import corpus_statistics, show_statistics
 from llmkit.tasks.base import Encoded, Task, TaskSettings
-
-_ROWS_AT_ONCE = 1000
 
 
 class Preprocess:
@@ -142,23 +140,21 @@ def _template_path(data: Data) -> Path:
 def _write(
     run: Run, folder: Path, task: Task, settings: TaskSettings, rows: Sequence[Kept], rejected: list[Rejected]
 ) -> Corpus:
-    """Encodes rows with all cores, a thousand at a time, and writes them as a corpus."""
+    """Encodes rows and writes them as a corpus."""
     writer = CorpusWriter(folder, task.columns)
     cut, lost, used = 0, 0, []
     progress = run.reporter.progress(f"encoding {folder.name}", len(rows), "rows")
-    for start in range(0, len(rows), _ROWS_AT_ONCE):
-        part = rows[start : start + _ROWS_AT_ONCE]
-        for kept, encoded in zip(part, task.encode([kept.row for kept in part]), strict=True):
-            if isinstance(encoded, Encoded):
-                repeats = copies(kept.row, kept.weight) if folder.name.endswith("train") else 1
-                for example in encoded.examples * repeats:
-                    writer.add(example)
-                cut += encoded.lost_tokens > 0
-                lost += encoded.lost_tokens
-                used.append(kept)
-            else:
-                rejected.append(Rejected(encoded, kept.where))
-        progress.advance(len(part))
+    for kept, encoded in encode_rows(task, rows):
+        progress.advance()
+        if not isinstance(encoded, Encoded):
+            rejected.append(Rejected(encoded, kept.where))
+            continue
+        repeats = copies(kept.row, kept.weight) if folder.name.endswith("train") else 1
+        for example in encoded.examples * repeats:
+            writer.add(example)
+        cut += encoded.lost_tokens > 0
+        lost += encoded.lost_tokens
+        used.append(kept)
     progress.close()
     tokenizer = tokenizer_digest(run.folder("preprocess") / "tokenizer")
     counts = {"rows": len(used), "rows_cut": cut, "tokens_cut": lost}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from llmkit.data.filters import build_filters
 from llmkit.data.gather import Gathered, Kept, Request, gather
@@ -16,6 +16,9 @@ from llmkit.recipe.schema import Data, Recipe
 from llmkit.recipe.values import is_share, share
 from llmkit.run.directory import Run
 from llmkit.stages.base import task_class
+from llmkit.tasks.base import Encoded, Task
+
+_ROWS_AT_ONCE = 1000
 
 
 class RecipeRows:
@@ -98,6 +101,13 @@ class RecipeRows:
                     where=kept.where,
                     hint="take the row out, or add rows with this label to data.train",
                 )
+
+
+def encode_rows(task: Task, rows: Sequence[Kept]) -> Iterator[tuple[Kept, Encoded | str]]:
+    """Each row with its examples, or the reason why it has none; a thousand at a time, with all cores."""
+    for start in range(0, len(rows), _ROWS_AT_ONCE):
+        part = rows[start : start + _ROWS_AT_ONCE]
+        yield from zip(part, task.encode([kept.row for kept in part]), strict=True)
 
 
 def _labels(rows: Sequence[Kept]) -> tuple[str, ...]:
