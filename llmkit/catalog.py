@@ -44,11 +44,23 @@ CATALOG: dict[str, dict[str, str]] = {
     "optimizer": {
         "adamw": "llmkit.optim.adamw:build",
         "sgd": "llmkit.optim.sgd:build",
+        "adagrad": "llmkit.optim.adagrad:build",
+        "rmsprop": "llmkit.optim.rmsprop:build",
+        "adafactor": "llmkit.optim.adafactor:build",
+        "muon": "llmkit.optim.muon:build",
+        "lion": "llmkit.optim.lion:build",
+        "adamw8bit": "llmkit.optim.adamw8bit:build",
     },
     "schedule": {
         "constant": "llmkit.optim.schedules:constant",
         "linear": "llmkit.optim.schedules:linear",
         "cosine": "llmkit.optim.schedules:cosine",
+        "exponential": "llmkit.optim.schedules:exponential",
+        "polynomial": "llmkit.optim.schedules:polynomial",
+        "step": "llmkit.optim.schedules:step",
+        "inverse_sqrt": "llmkit.optim.schedules:inverse_sqrt",
+        "wsd": "llmkit.optim.schedules:wsd",
+        "plateau": "llmkit.optim.schedules:plateau",
     },
     "export format": {
         "transformers": "llmkit.formats.transformers:write",

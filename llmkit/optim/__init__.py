@@ -1,18 +1,18 @@
-"""Optimizers and schedules: `build_optimizer` turns a recipe's `optimizer:` into a torch optimizer."""
+"""Optimizers and schedules: what a recipe's `optimizer:` and `schedule:` stand for."""
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any, get_type_hints
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from llmkit import catalog
-from llmkit.errors import Problem, RecipeError, did_you_mean
+from llmkit.errors import RecipeError
+from llmkit.optim.options import checked_options
+from llmkit.optim.schedules import Progress
 
 if TYPE_CHECKING:
     import torch
-
-WHERE = "optimizer"
 
 
 def build_optimizer(
@@ -20,45 +20,22 @@ def build_optimizer(
 ) -> torch.optim.Optimizer:
     """The optimizer that the catalogue has under `name`, with the recipe's options.
 
-    `groups` keep their own `lr`, `weight_decay` and any further keys (`names`, `group`). All wrong options are reported
-    at once. Raises RecipeError for an unknown name or option, a value of the wrong type, or one out of range.
+    `groups` keep their own `lr`, `weight_decay` and any further keys (`names`, `group`, `hidden`). All wrong options are
+    reported at once. Raises RecipeError for an unknown name or option, a value of the wrong type or out of range, and
+    a package that is not installed.
     """
-    build = catalog.resolve("optimizer", name, where=WHERE)
-    checked = _checked_options(name, build, options)
+    build = catalog.resolve("optimizer", name, where="optimizer")
+    checked = checked_options("optimizer", name, build, options)
     try:
         return build(groups, lr=lr, **checked)
     except ValueError as error:
-        raise RecipeError(f"`{name}` refuses its options", got=str(error), where=WHERE) from None
+        raise RecipeError(f"`{name}` refuses its options", got=str(error), where="optimizer") from None
 
 
-def _checked_options(name: str, build: Callable[..., Any], options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options, each as its annotated type (YAML reads `1e-8` as a string, and a pair as a list)."""
-    import pydantic
+def build_schedule(name: str, options: Mapping[str, Any]) -> Callable[[Progress], float]:
+    """The schedule that the catalogue has under `name`, with the recipe's options: from progress to a share of the peak.
 
-    parameters = inspect.signature(build).parameters.values()
-    known = [item.name for item in parameters if item.kind is item.KEYWORD_ONLY and item.name != "lr"]
-    annotations = get_type_hints(build)
-    checked: dict[str, Any] = {}
-    problems: list[Problem] = []
-    for key, value in options.items():
-        where = f"{WHERE}.{key}"
-        if key not in known:
-            hint = (
-                "the rate belongs to the stage: `lr:` beside `optimizer:`" if key == "lr" else did_you_mean(key, known)
-            )
-            what = f"`{name}` has no option `{key}`"
-            problems.append(Problem(what, got=key, expected="one of " + ", ".join(known), hint=hint, where=where))
-            continue
-        expected = inspect.formatannotation(annotations[key])
-        try:
-            if isinstance(value, bool) and annotations[key] is not bool:
-                raise ValueError
-            checked[key] = pydantic.TypeAdapter(annotations[key]).validate_python(value)
-        except ValueError:  # pydantic.ValidationError is one
-            problems.append(Problem(f"`{key}` has the wrong type", got=repr(value), expected=expected, where=where))
-    if problems:
-        first = problems[0]
-        raise RecipeError(
-            first.what, got=first.got, expected=first.expected, hint=first.hint, where=first.where, problems=problems
-        )
-    return checked
+    All wrong options are reported at once. Raises RecipeError as `build_optimizer` does.
+    """
+    schedule = catalog.resolve("schedule", name, where="schedule")
+    return partial(schedule, **checked_options("schedule", name, schedule, options))

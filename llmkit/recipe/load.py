@@ -184,7 +184,7 @@ def _opened(value: Any, path: list[str], inner: str) -> Any:
     """A value written in short (`optimizer: sgd`, `train: rows.jsonl`) in the long form that `inner` is a part of."""
     if not isinstance(value, str):
         return {}
-    if path[-1] == "optimizer":
+    if path[-1] in ("optimizer", "schedule"):
         return {"name": value}
     if path[-1] == "train" or path[-1].isdigit() or path == ["pretrain", "data"]:
         return [{"uri": value}] if inner.isdigit() else {"uri": value}

@@ -174,8 +174,10 @@ class Recipe(Section):
             return mistakes
         if "evaluate" in self.plan and self.data.train is not None:
             mistakes.append("has the stage `evaluate`, but `data.eval` is null: there is nothing to score on")
-        if "finetune" in self.plan and self.finetune.eval_every is not None:
-            mistakes.append("has `finetune.eval_every`, but `data.eval` is null: there is nothing to evaluate on")
+        for name in ("pretrain", "finetune"):
+            section = getattr(self, name)
+            if name in self.plan and section is not None and section.eval_every is not None:
+                mistakes.append(f"has `{name}.eval_every`, but `data.eval` is null: there is nothing to evaluate on")
         return mistakes
 
     @property

@@ -9,11 +9,10 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_valida
 from llmkit.recipe.fields import NO_RESULT, DurationOrSteps, Rate, Section, ShareOrCount, Sources, named
 
 
-class Optimizer(BaseModel):
-    """An optimizer by name, and its own options."""
+class _Named(BaseModel):
+    """A name of the catalogue, and the options of what it stands for, which is what checks them."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
-    name: Annotated[str, BeforeValidator(named("optimizer"))] = "adamw"
 
     @property
     def options(self) -> dict[str, Any]:
@@ -21,7 +20,19 @@ class Optimizer(BaseModel):
         return dict(self.model_extra or {})
 
 
-def _as_optimizer(value: object) -> object:
+class Optimizer(_Named):
+    """An optimizer by name, and its own options."""
+
+    name: Annotated[str, BeforeValidator(named("optimizer"))] = "adamw"
+
+
+class Schedule(_Named):
+    """A schedule of the learning rate by name, and its own options."""
+
+    name: Annotated[str, BeforeValidator(named("schedule"))] = "cosine"
+
+
+def _as_named(value: object) -> object:
     return {"name": value} if isinstance(value, str) else value
 
 
@@ -39,9 +50,9 @@ class Training(Section):
     steps: int | None = Field(None, gt=0, description="optimizer steps; in place of epochs")
     batch_size: int = Field(8, gt=0, description="examples a step, over all processes")
     micro_batch_size: int | None = Field(None, gt=0, description="examples a process computes at once; all when absent")
-    schedule: Annotated[str, BeforeValidator(named("schedule"))] = "cosine"
+    schedule: Annotated[Schedule, BeforeValidator(_as_named)] = Schedule()
     warmup: ShareOrCount = Field("3%", description="of the steps, or a number of steps")
-    optimizer: Annotated[Optimizer, BeforeValidator(_as_optimizer)] = Optimizer()
+    optimizer: Annotated[Optimizer, BeforeValidator(_as_named)] = Optimizer()
     weight_decay: float = Field(0.01, ge=0)
     max_grad_norm: float | None = Field(1.0, gt=0, description="gradients are scaled down to this norm; null for never")
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
@@ -56,11 +67,16 @@ class Training(Section):
     trackers: tuple[str, ...] = Field(("tensorboard",), description="of Accelerate", json_schema_extra=NO_RESULT)
 
     @model_validator(mode="after")
-    def _one_length(self) -> Training:
+    def _consistent(self) -> Training:
+        mistakes = []
         if self.epochs is not None and self.steps is not None:
-            raise ValueError("takes `epochs` or `steps`, not both")
+            mistakes.append("takes `epochs` or `steps`, not both")
         if self.early_stopping is not None and self.eval_every is None:
-            raise ValueError("`early_stopping` needs `eval_every`, the number of steps between evaluations")
+            mistakes.append("`early_stopping` needs `eval_every`, the number of steps between evaluations")
+        if self.schedule.name == "plateau" and self.eval_every is None:
+            mistakes.append("`schedule: plateau` needs `eval_every`, the number of steps between evaluations")
+        if mistakes:
+            raise ValueError("\n".join(mistakes))
         return self
 
 

@@ -15,14 +15,15 @@ from llmkit.errors import Problem, RecipeError
 from llmkit.model.freezing import FreezeRules, plan_freeze
 from llmkit.model.loading import build_on_meta, load_config
 from llmkit.model.location import locate
-from llmkit.optim import build_optimizer
+from llmkit.optim import build_optimizer, build_schedule
 from llmkit.recipe.schema import Recipe
+from llmkit.recipe.training import Training
 from llmkit.stages.base import task_class
 from llmkit.stages.evaluate import wanted_metrics
 
 
 def check_recipe(recipe: Recipe) -> None:
-    """Raises RecipeError with every wrong filter, optimizer option, metric and freeze rule of the stages to be run."""
+    """Raises RecipeError with every wrong filter, optimizer, schedule, metric and freeze rule of the stages to be run."""
     problems: list[Problem] = []
     for check in _checks(recipe):
         try:
@@ -39,22 +40,29 @@ def check_recipe(recipe: Recipe) -> None:
 def _checks(recipe: Recipe) -> Iterator[Callable[[], Any]]:
     yield lambda: build_filters(recipe.data.filters)
     if "pretrain" in recipe.plan and recipe.pretrain is not None:
-        yield lambda: _check_optimizer("pretrain", recipe.pretrain)
+        yield from _training_checks("pretrain", recipe.pretrain)
     if "finetune" in recipe.plan:
-        yield lambda: _check_optimizer("finetune", recipe.finetune)
+        yield from _training_checks("finetune", recipe.finetune)
     if "freeze" in recipe.plan and "pretrain" in recipe.plan and recipe.model is not None:
         yield lambda: _check_freeze(recipe)  # without pretraining the freeze stage itself is early enough
     if "evaluate" in recipe.plan:
         yield lambda: wanted_metrics(recipe)
 
 
-def _check_optimizer(stage: str, training: Any) -> None:
-    """Builds the optimizer for one made-up parameter; its mistakes are those of the stage's section."""
+def _training_checks(stage: str, training: Training) -> Iterator[Callable[[], Any]]:
+    """Builds the schedule, and the optimizer for one made-up matrix."""
     import torch
 
-    groups = [{"params": [torch.nn.Parameter(torch.zeros(1))]}]
+    optimizer, schedule = training.optimizer, training.schedule
+    groups = [{"params": [torch.nn.Parameter(torch.zeros(1, 1))], "hidden": [True]}]
+    yield lambda: _within(stage, lambda: build_optimizer(optimizer.name, groups, lr=1e-5, options=optimizer.options))
+    yield lambda: _within(stage, lambda: build_schedule(schedule.name, schedule.options))
+
+
+def _within(stage: str, check: Callable[[], Any]) -> None:
+    """Makes a check's mistakes those of the stage's section."""
     try:
-        build_optimizer(training.optimizer.name, groups, lr=1e-5, options=training.optimizer.options)
+        check()
     except RecipeError as error:
         raise RecipeError(
             error.what, problems=[replace(problem, where=f"{stage}.{problem.where}") for problem in error.problems]

@@ -11,14 +11,14 @@ from typing import Any
 
 import torch
 
-from llmkit import __version__, catalog
+from llmkit import __version__
 from llmkit.data.corpus import Corpus
 from llmkit.errors import RecipeError, did_you_mean
 from llmkit.files import write_json
 from llmkit.model.folder import weights_digest
 from llmkit.model.groups import parameter_groups
 from llmkit.model.precision import choose_precision
-from llmkit.optim import build_optimizer
+from llmkit.optim import build_optimizer, build_schedule
 from llmkit.recipe.schema import Recipe
 from llmkit.recipe.training import Training
 from llmkit.run.directory import Artifact, Run
@@ -63,7 +63,7 @@ def train_and_save(job: TrainingJob) -> tuple[Artifact, Fit]:
         model=model,
         objective=job.task,
         optimizer=build_optimizer(training.optimizer.name, groups, lr=job.lr, options=training.optimizer.options),
-        schedule=catalog.resolve("schedule", training.schedule),
+        schedule=build_schedule(training.schedule.name, training.schedule.options),
         training=training,
         train=job.train,
         held_out=job.held_out,

@@ -20,6 +20,7 @@ from llmkit.data.batches import BatchOrder, by_length
 from llmkit.data.corpus import Corpus
 from llmkit.errors import DataError, DivergedError
 from llmkit.model.precision import autocast
+from llmkit.optim.schedules import Progress
 from llmkit.recipe.training import Training
 from llmkit.recipe.values import count_of, seconds_of
 from llmkit.run.checkpoint import (
@@ -35,7 +36,7 @@ from llmkit.train.signals import StopRequest
 from llmkit.train.state import TrainState, random_state, restore_random_state
 from llmkit.train.step import Objective, Stepper
 
-Schedule = Callable[[int, int, int], float]
+Schedule = Callable[[Progress], float]
 
 
 @dataclass
@@ -154,7 +155,8 @@ class Fit:
         """One step; True when training is to stop after it."""
         started = time.perf_counter()
         step = self.state.step
-        multiplier = self.schedule(step, self.total_steps, self.warmup_steps)
+        held_out = tuple(self.state.held_out_losses)
+        multiplier = self.schedule(Progress(step, self.total_steps, self.warmup_steps, held_out))
         rates = [rate * multiplier for rate in self.base_rates]
         examples = self.order.batch(step).tolist()
         try:

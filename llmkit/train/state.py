@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,7 @@ class TrainState:
     best_step: int | None = None
     loss_to_beat: float | None = None  # by min_delta, for early stopping; the best may be a little lower
     evaluations_without_gain: int = 0
+    held_out_losses: list[float] = field(default_factory=list)  # all of them, in order
 
     @property
     def train_loss(self) -> float | None:
@@ -40,6 +41,7 @@ class TrainState:
     def note_evaluation(self, loss: float, rule: EarlyStopping | None) -> bool:
         """Takes in a held-out loss; True when it is the best so far."""
         self.eval_loss = loss
+        self.held_out_losses.append(loss)
         margin = rule.min_delta if rule else 0.0
         if self.loss_to_beat is None or loss < self.loss_to_beat - margin:
             self.loss_to_beat, self.evaluations_without_gain = loss, 0

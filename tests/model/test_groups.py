@@ -33,6 +33,23 @@ def test_vectors_and_norms_do_not_decay() -> None:
     assert sorted(decay["names"] + no_decay["names"]) == sorted(name for name, _ in model.named_parameters())
 
 
+def test_hidden_are_the_matrices_that_are_not_at_either_end() -> None:
+    decay, no_decay = parameter_groups(bert(), lr=0.5, weight_decay=0.1)
+    hidden = {name for name, mark in zip(decay["names"], decay["hidden"], strict=True) if mark}
+    others = set(decay["names"]) - hidden
+    assert others == {"classifier.weight", *(name for name in decay["names"] if "embeddings" in name)}
+    assert {name.split(".")[2] for name in hidden} == {"layer", "dense"}, "blocks and the pooler"
+    assert no_decay["hidden"] == [False] * len(no_decay["names"])
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_head_of_a_language_model_is_not_hidden(tied: bool) -> None:
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**SIZE, tie_word_embeddings=tied))
+    decay, _ = parameter_groups(model, lr=0.5, weight_decay=0.1)
+    ends = {name for name, mark in zip(decay["names"], decay["hidden"], strict=True) if not mark}
+    assert ends == {"model.embed_tokens.weight"} | (set() if tied else {"lm_head.weight"})
+
+
 def test_a_norm_with_a_matrix_does_not_decay() -> None:
     class GridNorm(torch.nn.Module):
         def __init__(self) -> None:

@@ -12,10 +12,9 @@ import torch
 from accelerate import Accelerator
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedModel
 
-from llmkit import catalog
 from llmkit.data.corpus import Column, Corpus, CorpusWriter
 from llmkit.model.groups import parameter_groups
-from llmkit.optim import build_optimizer
+from llmkit.optim import build_optimizer, build_schedule
 from llmkit.recipe.training import Training
 from llmkit.run.log import MetricsLog, read_metrics
 from llmkit.tasks.base import TaskSettings
@@ -107,7 +106,7 @@ def make_fit(folder: Path, train: Corpus, held_out: Corpus | None = None, **give
         model=model.to(accelerator.device),
         objective=own["task"] or tiny_task(),
         optimizer=build_optimizer(training.optimizer.name, groups, lr=own["lr"], options=options),
-        schedule=catalog.resolve("schedule", training.schedule),
+        schedule=build_schedule(training.schedule.name, training.schedule.options),
         training=training,
         train=train,
         held_out=held_out,

@@ -32,7 +32,8 @@ def test_small_gains_do_not_count_for_patience_but_for_the_best() -> None:
 
 
 def test_json_and_back() -> None:
-    state = after([3.0, 2.0, 2.5], EarlyStopping())
+    state = after([3.0, 2.0, 0.1 + 0.2], EarlyStopping())
+    assert state.held_out_losses == [3.0, 2.0, 0.1 + 0.2]
     assert TrainState(**json.loads(json.dumps(state.to_json()))) == state
 
 

@@ -15,7 +15,7 @@ from fitting import WORDS, Recorder, make_fit, one_thread, random_corpus, same_b
 from llmkit.data.batches import BatchOrder
 from llmkit.data.corpus import Corpus
 from llmkit.errors import DivergedError
-from llmkit.optim.schedules import cosine
+from llmkit.optim.schedules import Progress, cosine
 
 _one_thread = pytest.fixture(autouse=True)(one_thread)
 FAMILIES = ("llama", "gpt2")
@@ -170,7 +170,7 @@ def test_the_rate_in_the_log_is_the_schedule(tmp_path: Path, corpus: Corpus) -> 
     recorder = Recorder()
     fit = make_fit(tmp_path / "fit", corpus, steps=9, warmup=3, lr=2e-3)
     fit.run([recorder])
-    assert recorder.of("lr") == [pytest.approx(2e-3 * cosine(step, 9, 3)) for step in range(9)]
+    assert recorder.of("lr") == [pytest.approx(2e-3 * cosine(Progress(step, 9, 3))) for step in range(9)]
     assert recorder.of("step") == list(range(1, 10))
 
 
