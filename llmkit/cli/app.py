@@ -96,6 +96,30 @@ def inspect(
     inspect_command(flags, examples=examples, as_json=as_json, quiet=quiet, verbose=verbose)
 
 
+@app.command(help="Foretell steps, memory and time before anything is trained.")
+def plan(
+    recipe: options.RecipeFile = None,
+    model: options.Model = None,
+    data: options.Data = None,
+    eval_data: options.EvalData = None,
+    task: options.Task = None,
+    out: options.Out = None,
+    set_: options.Set = None,
+    seed: options.Seed = None,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Take a few real steps to tell the time; keep nothing")
+    ] = False,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
+) -> None:
+    from llmkit.cli.plan import plan_command
+    from llmkit.cli.recipes import Flags
+
+    flags = Flags(recipe, model, data, eval_data, task, out, tuple(set_ or ()), seed)
+    plan_command(flags, measure=measure, as_json=as_json, quiet=quiet, verbose=verbose)
+
+
 @app.command(help="Answer a prompt through the model's chat template.")
 def generate(
     model: Annotated[str, typer.Argument(help="A model's URI or a run directory")],

@@ -24,6 +24,7 @@ _STAGES_OF = {
     "evaluate": ["preprocess", "evaluate"],
     "export": ["export"],
     "inspect": ["preprocess"],
+    "plan": ["preprocess", "finetune"],
 }
 _TASK_OF_KIND = {"chat": "chat", "labelled": "classify", "text": "text"}
 
@@ -113,7 +114,9 @@ def _defaults(flags: Flags, command: str, settings: list[Override], reporter: Re
         name = flags.out.resolve().name if flags.out else Path(str(flags.data or flags.model or command)).name
         defaults.append(Override("name", _plain_name(name), "--out" if flags.out else "--data"))
     if "stages" not in given:
-        stages = list(_STAGES_OF[command])
+        stages = (
+            list(_STAGES_OF[command]) if data is not None or command != "plan" else ["export"]
+        )  # which need no data
         if "freeze" in sections and "finetune" in stages:
             stages.insert(stages.index("finetune"), "freeze")
         defaults.append(Override("stages", stages, command))
@@ -131,7 +134,7 @@ def _refuse_gaps(flags: Flags, command: str, given: Mapping[str, Any], *, has_da
     """Raises UsageError when the flags do not say what to work on, before anything is made of them."""
     has_model = flags.model is not None or "model" in given or any("architecture" in key for key in given)
     needed = [("--model", "M", has_model)]
-    if command not in ("freeze", "export"):
+    if command not in ("freeze", "export", "plan"):
         needed.append(("--data", "rows.jsonl", has_data or "data" in given))
     missing = [flag for flag, _, there in needed if not there]
     if missing:
@@ -182,14 +185,15 @@ def _task_of_model(model: str | None, reporter: Reporter) -> str:
     """The task that a model's head and template were made for."""
     task, why = "text", "there is no data to tell it from"
     if model is not None:
+        from llmkit.model.folder import VOCABULARIES, files_in
         from llmkit.model.loading import load_config, load_tokenizer
-        from llmkit.model.location import locate
+        from llmkit.model.location import locate_config
 
-        folder = locate(model)
+        folder = locate_config(model)
         architectures = list(load_config(folder).architectures or [])
         if any(name.endswith("ForSequenceClassification") for name in architectures):
             task, why = "classify", f"the model is a {architectures[0]}"
-        elif load_tokenizer(folder).chat_template:
+        elif files_in(folder, VOCABULARIES) and load_tokenizer(folder).chat_template:
             task, why = "chat", "the model has a chat template"
     reporter.guess("task", task, why)
     return task

@@ -54,7 +54,7 @@ class StageCommand:
             if dry_run:
                 self._dry_run(recipe, path)
                 return
-            run = _open(path, recipe, reporter, lead=lead)
+            run = open_run(path, recipe, reporter, lead=lead)
             try:
                 from llmkit.stages.pipeline import run_stages, stages_for
 
@@ -127,7 +127,7 @@ def quieten_libraries(*, verbose: bool) -> None:
     logging.getLogger("accelerate").setLevel(logging.ERROR)
 
 
-def _open(path: Path, recipe: Recipe, reporter: Reporter, *, lead: bool) -> Run:
+def open_run(path: Path, recipe: Recipe, reporter: Reporter, *, lead: bool) -> Run:
     """Opens the run; the processes that only read wait until the first has made it."""
     if not lead:
         waited = time.monotonic()

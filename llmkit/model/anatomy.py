@@ -86,6 +86,11 @@ def read_anatomy(model: nn.Module) -> Anatomy:
     )
 
 
+def blocks_of(model: nn.Module) -> list[nn.Module]:
+    """The blocks themselves, in the order of `Anatomy.blocks`."""
+    return [block for stack in _stacks(model, _base_path(model)) for block in stack.blocks]
+
+
 def _base_path(model: nn.Module) -> str:
     """The path of the base model; empty when the model is its own base."""
     base = getattr(model, "base_model", model)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from llmkit.errors import DataError
-from llmkit.model.precision import autocast, choose_precision, default_device
+from llmkit.model.precision import choose_precision, compute_in, default_device
 
 
 @torch.inference_mode()
@@ -57,8 +57,8 @@ def generate_text(
         **sampled,
     )
     streamer = Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    with autocast(device, precision):
-        tensors = {name: inputs[name].to(device) for name in ("input_ids", "attention_mask")}
-        out = model.to(device).generate(**tensors, generation_config=config, streamer=streamer)
+    compute_in(model, precision)
+    tensors = {name: inputs[name].to(device) for name in ("input_ids", "attention_mask")}
+    out = model.to(device).generate(**tensors, generation_config=config, streamer=streamer)
     text: str = tokenizer.decode(out[0, length:], skip_special_tokens=True)
     return text

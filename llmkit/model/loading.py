@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmkit.errors import ArtifactError
+from llmkit.errors import ArtifactError, RecipeError
 from llmkit.files import read_json
 from llmkit.model.folder import INDEX, TOKENIZER_FILES, VOCABULARIES, WEIGHTS, check_folder, files_in, weight_files
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+_DROPOUT = re.compile(r"dropout|pdrop")
 _NO_LIMIT = 10**12  # tokenizers without a limit say 10^30
 
 
@@ -34,6 +36,24 @@ def load_config(folder: Path) -> PretrainedConfig:
     read_json(folder / "config.json")
     with _as_artifact_errors("the configuration cannot be loaded", folder):
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+
+
+def dropout_rates(config: PretrainedConfig) -> dict[str, float]:
+    """The config's dropout rates by name."""
+    values = config.to_dict().items()
+    return {name: value for name, value in values if type(value) in (int, float) and _DROPOUT.search(name)}
+
+
+def dropout_changes(config: PretrainedConfig, rate: float | None) -> dict[str, float]:
+    """The config's dropout rates, all set to one rate; none when it is None. Raises RecipeError when there are none."""
+    if rate is None:
+        return {}
+    names = list(dropout_rates(config))
+    if not names:
+        raise RecipeError(
+            "the model has no dropout to set", got=f"a {config.model_type}", hint="leave `dropout` out", where="dropout"
+        )
+    return dict.fromkeys(names, rate)
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -74,7 +94,7 @@ def load_model(folder: Path, auto_class: str, *, dtype: str = "float32", **confi
             output_loading_info=True,
             **config_changes,
         )
-    new = _new_parameters(model, report, folder, shapes_may_change=bool(config_changes))
+    new = _new_parameters(model, report, folder, shapes_may_change="num_labels" in config_changes)
     return LoadedModel(model, new, tuple(sorted(report["unexpected_keys"])))
 
 

@@ -13,8 +13,22 @@ from llmkit.model.loading import quiet_transformers
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 HUB_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
+CONFIG_FILES = ("*.json", "*.jinja", "*.model", "*.txt")  # all but the weights
 HUB_IGNORED = ("*/*", "consolidated*.safetensors")  # copies of the weights in other layouts
 RUN_MODELS = ("export/transformers", "finetune/model", "pretrain/model")  # newest first
+
+
+def locate_config(uri: str) -> Path:
+    """The folder with a model's config.json, which need not hold anything else; of a hub model nothing else is fetched.
+
+    Raises ArtifactError as `locate` does.
+    """
+    folder = Path(uri).expanduser()
+    if (folder / "config.json").is_file():
+        return folder
+    if not folder.exists() and _is_hub_id(uri):
+        return _snapshot(uri, CONFIG_FILES)
+    return locate(uri)
 
 
 def locate(uri: str) -> Path:
@@ -45,7 +59,7 @@ def _is_hub_id(uri: str) -> bool:
     return HUB_ID.fullmatch(uri) is not None and uri[0] not in ".~" and Path(uri).suffix.lower() != ".gguf"
 
 
-def _snapshot(uri: str) -> Path:
+def _snapshot(uri: str, files: tuple[str, ...] = HUB_FILES) -> Path:
     """A hub model's files, from the local cache or downloaded into it."""
     from huggingface_hub import snapshot_download
 
@@ -54,7 +68,7 @@ def _snapshot(uri: str) -> Path:
         with quiet_transformers():
             return Path(
                 snapshot_download(
-                    name, revision=revision or None, allow_patterns=list(HUB_FILES), ignore_patterns=list(HUB_IGNORED)
+                    name, revision=revision or None, allow_patterns=list(files), ignore_patterns=list(HUB_IGNORED)
                 )
             )
     except Exception as error:  # whatever the network, its libraries and the hub can raise

@@ -9,8 +9,6 @@ import torch
 
 from llmkit.errors import ResourceError
 
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-
 
 def default_device() -> torch.device:
     """The first GPU when there is one, else the CPU."""
@@ -36,11 +34,28 @@ def choose_precision(wanted: str, device: torch.device) -> tuple[str, str | None
     return wanted, None
 
 
+def compute_in(model: torch.nn.Module, precision: str) -> dict[str, torch.Tensor]:
+    """Casts a model's fp32 parameters to bf16 where that is the precision; gives the fp32 originals by name.
+
+    Parameters that the family keeps in fp32 (routers, say) stay, and so do buffers (rotary frequencies, say).
+    """
+    if precision != "bf16":
+        return {}
+    kept = tuple(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
+    originals = {}
+    for name, parameter in model.named_parameters():
+        if parameter.dtype == torch.float32 and not any(part in name for part in kept):
+            originals[name] = parameter.data
+            parameter.data = parameter.data.to(torch.bfloat16)
+    return originals
+
+
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
-    """A context in which products run in `precision`; weights stay as they are."""
-    if precision == "fp32":
-        return nullcontext()
-    return torch.autocast(device.type, _DTYPES[precision])
+    """A context for computing in `precision`: fp16 keeps fp32 weights and sums, and casts for each product.
+
+    bf16 has the range of fp32 and needs none of that: there the weights are cast once, by `compute_in`.
+    """
+    return torch.autocast(device.type, torch.float16) if precision == "fp16" else nullcontext()
 
 
 def _fast_bf16(device: torch.device) -> str | None:

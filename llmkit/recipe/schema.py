@@ -1,7 +1,7 @@
 """What a recipe may say: every key, its type, its default and its meaning.
 
-Keys marked `NO_RESULT` change how a stage is watched or saved, never what it computes, so they are not part of a
-stage's fingerprint.
+Keys marked `NO_RESULT` change how a stage is watched, saved or cut to the memory there is, never what it computes but for
+rounding, so they are not part of a stage's fingerprint.
 """
 
 from __future__ import annotations

@@ -48,8 +48,36 @@ class Training(Section):
 
     epochs: float | None = Field(None, gt=0)
     steps: int | None = Field(None, gt=0, description="optimizer steps; in place of epochs")
-    batch_size: int = Field(8, gt=0, description="examples a step, over all processes")
-    micro_batch_size: int | None = Field(None, gt=0, description="examples a process computes at once; all when absent")
+    batch_size: int | None = Field(None, gt=0, description="examples a step, over all processes [8]")
+    batch_tokens: int | None = Field(
+        None, gt=0, description="tokens a step, on average, over all processes; in place of batch_size"
+    )
+    micro_batch_size: int | None = Field(
+        None, gt=0, description="examples a process computes at once, at most", json_schema_extra=NO_RESULT
+    )
+    micro_batch_tokens: Literal["auto"] | Annotated[int, Field(gt=0)] = Field(
+        "auto",
+        description="tokens a process computes at once, at most, one example always; auto: what memory holds",
+        json_schema_extra=NO_RESULT,
+    )
+    activation_checkpointing: bool = Field(
+        False,
+        description="keep only what enters each block, and compute it again in the backward: less memory, slower",
+        json_schema_extra=NO_RESULT,
+    )
+    compile: bool = Field(
+        False,
+        description="compile the blocks with torch.compile: a slow start, for GPUs",
+        json_schema_extra=NO_RESULT,
+    )
+    dropout: float | None = Field(None, ge=0, lt=1, description="in place of every dropout rate of the model's config")
+    label_smoothing: float = Field(0.0, ge=0, lt=1, description="share of the target spread over all classes")
+    neftune_alpha: float = Field(
+        0.0, ge=0, description="size of the noise on embeddings (NEFTune: 5 to 15); 0 for none"
+    )
+    ema: float | None = Field(
+        None, gt=0, lt=1, description="decay of an average of the weights, such as 0.999, which becomes the model"
+    )
     schedule: Annotated[Schedule, BeforeValidator(_as_named)] = Schedule()
     warmup: ShareOrCount = Field("3%", description="of the steps, or a number of steps")
     optimizer: Annotated[Optimizer, BeforeValidator(_as_named)] = Optimizer()
@@ -71,6 +99,8 @@ class Training(Section):
         mistakes = []
         if self.epochs is not None and self.steps is not None:
             mistakes.append("takes `epochs` or `steps`, not both")
+        if self.batch_size is not None and self.batch_tokens is not None:
+            mistakes.append("takes `batch_size` or `batch_tokens`, not both")
         if self.early_stopping is not None and self.eval_every is None:
             mistakes.append("`early_stopping` needs `eval_every`, the number of steps between evaluations")
         if self.schedule.name == "plateau" and self.eval_every is None:

@@ -13,7 +13,7 @@ from llmkit.files import digest_json, write_json
 from llmkit.model.folder import weights_digest
 from llmkit.model.loading import load_config, load_model
 from llmkit.model.location import locate
-from llmkit.model.precision import autocast, choose_precision, default_device
+from llmkit.model.precision import choose_precision, compute_in, default_device
 from llmkit.recipe.schema import Recipe, result_keys
 from llmkit.run.directory import Artifact, Run
 from llmkit.stages.base import model_before, model_content, require_corpus, task_class, task_for, upstream_models
@@ -98,7 +98,7 @@ def scoring_for(recipe: Recipe, examples: int, precision: str) -> Scoring:
     keys, device = recipe.evaluate, default_device()
     return Scoring(
         device=device,
-        autocast=lambda: autocast(device, precision),
+        precision=precision,
         batch_size=keys.batch_size,
         metrics=wanted_metrics(recipe),
         generate=min(keys.generate, examples),
@@ -118,6 +118,7 @@ def _score(recipe: Recipe, run: Run, task: Task, corpus: Corpus, scoring: Scorin
     progress = run.reporter.progress(f"scoring the {name}", task.work(corpus, scoring), "examples")
     try:
         model = loaded.model.to(scoring.device).eval()
+        compute_in(model, scoring.precision)
         scores = task.evaluate(model, corpus, replace(scoring, advance=progress.advance))
     finally:
         progress.close()

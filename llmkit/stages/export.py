@@ -12,6 +12,7 @@ from llmkit.files import digest_json
 from llmkit.model.folder import weights_digest
 from llmkit.model.loading import load_config
 from llmkit.model.location import locate
+from llmkit.model.objective import Batch
 from llmkit.recipe.schema import Recipe, result_keys
 from llmkit.run.directory import Artifact, Run
 from llmkit.stages.base import (
@@ -23,7 +24,6 @@ from llmkit.stages.base import (
     task_for,
     upstream_models,
 )
-from llmkit.tasks.base import Batch
 
 
 class Export:
@@ -90,5 +90,5 @@ def _probe(recipe: Recipe, run: Run) -> Batch | None:
         if corpus is not None and len(corpus):
             task = task_for(recipe, run, corpus, "text" if name == "pretrain" else None)
             chosen = np.unique(np.linspace(0, len(corpus) - 1, 4).astype(int))
-            return task.collate([corpus[int(i)] for i in chosen])
+            return task.padded([corpus[int(i)] for i in chosen])
     return None

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from llmkit.files import read_json
 from llmkit.model.freezing import FreezePlan, apply_freeze
-from llmkit.model.loading import load_config, load_model
+from llmkit.model.loading import dropout_changes, load_config, load_model
 from llmkit.recipe.schema import Recipe, result_keys
 from llmkit.run.directory import Artifact, Run
 from llmkit.stages.base import corpus_in, model_before, model_content, require_corpus, task_for, training_record
@@ -50,38 +51,45 @@ class Finetune:
 
     def run(self, recipe: Recipe, run: Run) -> Artifact:
         """Leaves `model/`; scores it on the held-out data with the task's metrics, without written answers."""
+        job = self.job(recipe, run, model_before(recipe, run, self.name))
+        if "freeze" in recipe.plan:
+            apply_freeze(job.model, FreezePlan.from_json(read_json(run.folder("freeze") / "freeze.json")))
+        artifact, fit = train_and_save(job)
+        metrics = dict(artifact.metrics)
+        held_out = job.held_out
+        if fit.accelerator.is_main_process and held_out is not None and len(held_out):
+            scoring = scoring_for(recipe, len(held_out), fit.precision)
+            scores = job.task.evaluate(fit.model.eval(), held_out, replace(scoring, generate=0, samples=0))
+            metrics |= scores.metrics
+        return replace(artifact, metrics=metrics)
+
+    def job(self, recipe: Recipe, run: Run, parent: Path) -> TrainingJob:
+        """The training of a parent's weights on this run's corpus, nothing of it frozen yet."""
         corpus = require_corpus(run, "train", "data.train")
-        held_out = corpus_in(run, "eval")
         task = task_for(recipe, run, corpus)
-        parent = model_before(recipe, run, self.name)
         seed_everything(recipe.seed)
-        loaded = load_model(parent, task.auto_class, **task.model_changes(load_config(parent)))
+        config = load_config(parent)
+        changes = task.model_changes(config) | dropout_changes(config, recipe.finetune.dropout)
+        loaded = load_model(parent, task.auto_class, **changes)
         if loaded.new_parameters:
             run.reporter.note(f"new and untrained, seeded with {recipe.seed}: {', '.join(loaded.new_parameters)}")
         if loaded.unused_parameters:
             run.reporter.note(f"in the parent, but not used: {', '.join(loaded.unused_parameters)}")
-        if "freeze" in recipe.plan:
-            apply_freeze(loaded.model, FreezePlan.from_json(read_json(run.folder("freeze") / "freeze.json")))
-        lr = _learning_rate(recipe, run)
-        job = TrainingJob(self.name, recipe, run, recipe.finetune, lr, loaded.model, task, corpus, held_out)
-        artifact, fit = train_and_save(job)
-        metrics = dict(artifact.metrics)
-        if fit.accelerator.is_main_process and held_out is not None and len(held_out):
-            scoring = scoring_for(recipe, len(held_out), fit.precision)
-            scores = task.evaluate(fit.unwrapped.eval(), held_out, replace(scoring, generate=0, samples=0))
-            metrics |= scores.metrics
-        return replace(artifact, metrics=metrics)
+        lr = _learning_rate(recipe, run, parent)
+        return TrainingJob(
+            self.name, recipe, run, recipe.finetune, lr, loaded.model, task, corpus, corpus_in(run, "eval")
+        )
 
 
 STAGE = Finetune()
 
 
-def _learning_rate(recipe: Recipe, run: Run) -> float:
+def _learning_rate(recipe: Recipe, run: Run, parent: Path) -> float:
     """The recipe's rate, or the parent's own peak times lr_scale, or a default; says which."""
     keys = recipe.finetune
     if keys.lr != "auto":
         return keys.lr
-    peak = training_record(model_before(recipe, run, "finetune")).get("peak_lr")
+    peak = training_record(parent).get("peak_lr")
     if isinstance(peak, float):
         lr = peak * keys.lr_scale
         run.guess("finetune.lr", lr, f"the parent's peak rate {peak:g} times lr_scale {keys.lr_scale:g}")

@@ -6,7 +6,14 @@ from typing import Any
 
 from llmkit.errors import RecipeError, did_you_mean
 from llmkit.model.folder import weights_digest
-from llmkit.model.loading import build_from_config, load_model, load_tokenizer, longest_input
+from llmkit.model.loading import (
+    build_from_config,
+    dropout_changes,
+    load_config,
+    load_model,
+    load_tokenizer,
+    longest_input,
+)
 from llmkit.model.location import locate
 from llmkit.recipe.schema import Recipe, result_keys
 from llmkit.recipe.training import Pretrain as PretrainKeys
@@ -45,6 +52,10 @@ class Pretrain:
 
     def run(self, recipe: Recipe, run: Run) -> Artifact:
         """Leaves `model/`."""
+        return train_and_save(self.job(recipe, run))[0]
+
+    def job(self, recipe: Recipe, run: Run) -> TrainingJob:
+        """The training of new or pretrained weights on this run's text."""
         keys = recipe.pretrain
         assert keys is not None, "the schema asks for a section `pretrain` when there is such a stage"
         train, held_out = pretraining_corpora(recipe)
@@ -52,15 +63,26 @@ class Pretrain:
         task = task_for(recipe, run, corpus, "text")
         model = self._model(recipe, keys, run)
         lr = keys.lr if keys.lr != "auto" else self._default_lr(recipe, run)
-        job = TrainingJob(self.name, recipe, run, keys, lr, model, task, corpus, corpus_in(run, held_out))
-        return train_and_save(job)[0]
+        return TrainingJob(self.name, recipe, run, keys, lr, model, task, corpus, corpus_in(run, held_out))
+
+    def config(self, recipe: Recipe, run: Run) -> Any:
+        """The configuration of the model that this stage trains."""
+        keys = recipe.pretrain
+        assert keys is not None, "the schema asks for a section `pretrain` when there is such a stage"
+        if keys.architecture is None:
+            config = load_config(locate(str(recipe.model)))
+        else:
+            tokenizer = load_tokenizer(run.folder("preprocess") / "tokenizer")
+            config = _config(keys.architecture, tokenizer, max(keys.max_length or 0, recipe.data.max_length))
+        config.update(dropout_changes(config, keys.dropout))
+        return config
 
     def _model(self, recipe: Recipe, keys: PretrainKeys, run: Run) -> Any:
         if keys.architecture is None:
-            return load_model(locate(str(recipe.model)), "AutoModelForCausalLM").model
-        tokenizer = load_tokenizer(run.folder("preprocess") / "tokenizer")
-        config = _config(keys.architecture, tokenizer, max(keys.max_length or 0, recipe.data.max_length))
-        return build_from_config(config, "AutoModelForCausalLM", recipe.seed)
+            folder = locate(str(recipe.model))
+            changes: dict[str, Any] = dropout_changes(load_config(folder), keys.dropout)
+            return load_model(folder, "AutoModelForCausalLM", **changes).model
+        return build_from_config(self.config(recipe, run), "AutoModelForCausalLM", recipe.seed)
 
     def _default_lr(self, recipe: Recipe, run: Run) -> float:
         way = "from scratch" if recipe.model is None else "from pretrained weights"

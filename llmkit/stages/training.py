@@ -24,12 +24,15 @@ from llmkit.recipe.training import Training
 from llmkit.run.directory import Artifact, Run
 from llmkit.run.log import MetricsLog
 from llmkit.stages.base import relative_files
-from llmkit.tasks.base import Task
+from llmkit.stages.sizing import Outline, available_bytes, shape_computation, size_up
+from llmkit.tasks.base import Regularisation, Task
+from llmkit.train.allocator import keep_freed_memory
 from llmkit.train.hooks import Hook
 from llmkit.train.hooks.metrics_log import MetricsLogHook
 from llmkit.train.hooks.progress import ProgressHook
 from llmkit.train.hooks.trackers import TrackersHook
 from llmkit.train.loop import Fit
+from llmkit.train.masters import Masters
 from llmkit.train.state import TrainState, seed_everything
 
 
@@ -50,33 +53,13 @@ class TrainingJob:
 
 def train_and_save(job: TrainingJob) -> tuple[Artifact, Fit]:
     """Trains, and leaves `model/`, a Transformers folder with `llmkit.json` beside the weights."""
-    run, training, folder = job.run, job.training, job.run.folder(job.stage)
-    accelerator = _accelerator(training, folder, job.stage)
-    precision = _precision(job, accelerator.device)
-    model = job.model.to(accelerator.device)
-    model.config.use_cache = False
-    seed_everything(job.recipe.seed + accelerator.process_index)
-    groups = parameter_groups(model, lr=job.lr, weight_decay=training.weight_decay)
-    _show_groups(run, groups)
-    fit = Fit(
-        accelerator=accelerator,
-        model=model,
-        objective=job.task,
-        optimizer=build_optimizer(training.optimizer.name, groups, lr=job.lr, options=training.optimizer.options),
-        schedule=build_schedule(training.schedule.name, training.schedule.options),
-        training=training,
-        train=job.train,
-        held_out=job.held_out,
-        seed=job.recipe.seed,
-        precision=precision,
-        folder=folder,
-        fingerprint=run.stage(job.stage)["fingerprint"],
-        warn=run.reporter.warn,
-    )
+    run, folder = job.run, job.run.folder(job.stage)
+    accelerator = accelerator_for(job.training, folder, job.stage)
+    fit = make_fit(job, accelerator)
     if fit.resume():
         run.reporter.stage(job.stage, "resumed", f"going on after step {fit.state.step} of {fit.total_steps}")
-    _reset_peak_memory()
     state = fit.run(_hooks(job, fit, accelerator))
+    fit.release()
     if accelerator.is_main_process:
         _save_model(job, fit)
     accelerator.wait_for_everyone()
@@ -88,14 +71,90 @@ def train_and_save(job: TrainingJob) -> tuple[Artifact, Fit]:
         relative_files(run, model_folder),
         _metrics(state, fit),
         {
-            "precision": precision,
+            "precision": fit.precision,
             "learning_rate": job.lr,
             "processes": accelerator.num_processes,
             "device": torch.cuda.get_device_name() if accelerator.device.type == "cuda" else accelerator.device.type,
         },
-        fit.disposable,
+        fit.keeper.disposable(state),
     )
     return artifact, fit
+
+
+def make_fit(job: TrainingJob, accelerator: Any) -> Fit:
+    """Everything that a training needs, ready for its first step."""
+    run, training, device = job.run, job.training, accelerator.device
+    precision, why = choose_precision(training.precision, device)
+    if why:
+        run.guess(f"{job.stage}.precision", precision, why)
+    micro_batch_tokens = _micro_batch_tokens(job, precision, accelerator)
+    if device.type == "cpu":
+        keep_freed_memory()
+    else:
+        torch.cuda.reset_peak_memory_stats()
+    model = job.model.to(device)
+    model.config.use_cache = False
+    seed_everything(job.recipe.seed + accelerator.process_index)
+    groups = parameter_groups(model, lr=job.lr, weight_decay=training.weight_decay)
+    _show_groups(run, groups)
+    objective = job.task.objective(model, regularisation_of(training))
+    causal = getattr(objective, "causal", None)
+    if causal is not None and causal.why:
+        run.guess(f"{job.stage}: padded batches", True, f"examples cannot be packed with this model: {causal.why}")
+    masters = Masters(model, precision)
+    shape_computation(model, training)
+    options = training.optimizer.options
+    return Fit(
+        accelerator=accelerator,
+        masters=masters,
+        objective=objective,
+        optimizer=build_optimizer(training.optimizer.name, masters.adopt(groups), lr=job.lr, options=options),
+        schedule=build_schedule(training.schedule.name, training.schedule.options),
+        training=training,
+        train=job.train,
+        held_out=job.held_out,
+        size_column=job.task.size_column,
+        seed=job.recipe.seed,
+        precision=precision,
+        folder=run.folder(job.stage),
+        fingerprint=run.stage(job.stage).get("fingerprint", ""),
+        warn=run.reporter.warn,
+        state=TrainState(micro_batch_tokens=micro_batch_tokens),
+    )
+
+
+def regularisation_of(training: Training) -> Regularisation:
+    """What a recipe says of it."""
+    return Regularisation(training.label_smoothing, training.neftune_alpha)
+
+
+def _micro_batch_tokens(job: TrainingJob, precision: str, accelerator: Any) -> int | None:
+    """How many tokens to compute at once; warns when even that is more than there is memory for."""
+    outline = Outline(
+        config=job.model.config,
+        auto_class=job.task.auto_class,
+        frozen=frozenset(name for name, p in job.model.named_parameters() if not p.requires_grad),
+        objective=lambda model: job.task.objective(model, regularisation_of(job.training)),
+        training=job.training,
+        examples=job.train,
+        lengths=job.train.lengths(job.task.size_column),
+        seed=job.recipe.seed,
+        precision=precision,
+        device=accelerator.device,
+        processes=accelerator.num_processes,
+    )
+    available = available_bytes(accelerator.device)
+    sizing = size_up(outline, available)
+    job.run.reporter.note(
+        f"{job.stage}: {sizing.largest:,} tokens at once at most; {sizing.memory.total / 2**30:.1f} GiB foreseen beside "
+        f"the program itself, of {available / 2**30:.1f} GiB"
+    )
+    if sizing.memory.total > available:
+        job.run.reporter.warn(
+            f"{job.stage} may run out of memory: lower data.max_length, set {job.stage}.activation_checkpointing: true, "
+            "or freeze more (`llmkit plan` shows what takes how much)"
+        )
+    return sizing.micro_batch_tokens
 
 
 def peak_memory_bytes() -> int:
@@ -106,12 +165,7 @@ def peak_memory_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def _reset_peak_memory() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-
-
-def _accelerator(training: Training, folder: Path, stage: str) -> Any:
+def accelerator_for(training: Training, folder: Path, stage: str) -> Any:
     """An Accelerator with the recipe's trackers; it knows of processes and devices, precision is the stepper's."""
     from accelerate import Accelerator
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS
@@ -134,13 +188,6 @@ def _accelerator(training: Training, folder: Path, stage: str) -> Any:
         log_with=list(training.trackers) or None,
         project_dir=str(folder),
     )
-
-
-def _precision(job: TrainingJob, device: torch.device) -> str:
-    precision, why = choose_precision(job.training.precision, device)
-    if why:
-        job.run.guess(f"{job.stage}.precision", precision, why)
-    return precision
 
 
 def _show_groups(run: Run, groups: list[dict[str, Any]]) -> None:
@@ -170,8 +217,9 @@ def _save_model(job: TrainingJob, fit: Fit) -> None:
     folder = job.run.folder(job.stage)
     aside, target = folder / ".model.tmp", folder / "model"
     shutil.rmtree(aside, ignore_errors=True)
-    fit.unwrapped.config.use_cache = True
-    fit.unwrapped.save_pretrained(aside)
+    fit.model.config.use_cache = True
+    with fit.masters.in_full() as model:
+        model.save_pretrained(aside)
     job.task.tokenizer.save_pretrained(aside)
     write_json(
         aside / "llmkit.json",
@@ -196,6 +244,8 @@ def _metrics(state: TrainState, fit: Fit) -> dict[str, Any]:
         "train_tokens": state.tokens,
         "supervised_tokens": state.supervised,
         "tokens_per_second": round(state.tokens_per_second, 1),
+        "computed_tokens": state.computed,
+        "padding_share": round(max(0.0, 1 - state.tokens / state.computed), 4) if state.computed else None,
         "peak_memory_bytes": peak_memory_bytes(),
         "best_step": state.best_step,
     }

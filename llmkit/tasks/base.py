@@ -5,16 +5,16 @@ Shapes: B examples of a batch, T tokens, V words of the vocabulary, C classes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
 import torch
 
 from llmkit.data.corpus import Column, Corpus, Example
-
-Batch = dict[str, torch.Tensor]
+from llmkit.model.objective import Batch, Objective
+from llmkit.model.precision import autocast
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,18 @@ class TaskSettings:
     max_length: int
     chat_template: str | None = None
     labels: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Regularisation:
+    """What makes training harder so that the model generalises; evaluation does without.
+
+    `label_smoothing` is the share of the target that is spread over all classes (Szegedy et al., 2015:
+    https://arxiv.org/abs/1512.00567); `neftune_alpha` the size of the noise on embeddings, 0 for none.
+    """
+
+    label_smoothing: float = 0.0
+    neftune_alpha: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -39,13 +51,17 @@ class Scoring:
     """How a model is to be scored."""
 
     device: torch.device
-    autocast: Callable[[], AbstractContextManager[Any]]
+    precision: str  # bf16 (the model's parameters are), fp16 or fp32
     batch_size: int
     metrics: tuple[str, ...]
     generate: int
     max_new_tokens: int
     samples: int
     advance: Callable[[int], None] = lambda done: None
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """To be entered around every forward."""
+        return autocast(self.device, self.precision)
 
     def wants(self, *names: str) -> bool:
         """True when one of these metrics was asked for."""
@@ -88,17 +104,40 @@ class Task(Protocol):
     def model_changes(self, config: Any) -> dict[str, Any]:
         """Changes to a model's config that this task needs, such as the number of labels."""
 
-    def collate(self, examples: Sequence[Example]) -> Batch:
-        """Examples as padded tensors on the CPU."""
+    @classmethod
+    def objective_of(cls, model: Any, pad_id: int, regularisation: Regularisation) -> Objective:
+        """What training minimises for a model of this task; looks at what the model can do."""
 
-    def count(self, batch: Batch) -> int:
-        """How many things of a batch are supervised: the loss is divided by their number over the global batch."""
+    def objective(self, model: Any, regularisation: Regularisation = Regularisation()) -> Objective:
+        """The same with the tokenizer's own padding."""
 
-    def loss(self, model: Any, batch: Batch) -> torch.Tensor:
-        """The sum of the losses of all supervised things, a scalar in fp32."""
+    def padded(self, examples: Sequence[Example]) -> Batch:
+        """Examples as padded rows that any model of this task takes: token ids and attention mask, both (B, T)."""
 
     def work(self, corpus: Corpus, scoring: Scoring) -> int:
         """How many times `evaluate` will say that an example is done: once when scored, once when answered."""
 
     def evaluate(self, model: Any, corpus: Corpus, scoring: Scoring) -> Scores:
         """The model's scores on a corpus of this task."""
+
+
+@contextmanager
+def embedding_noise(model: Any, batch: Batch, alpha: float) -> Iterator[None]:
+    """While entered, the embeddings of a batch's tokens get uniform noise of at most alpha / sqrt(L D).
+
+    L are the tokens of an example, D is the hidden size. NEFTune, Jain et al., 2023: https://arxiv.org/abs/2310.05914.
+    """
+    each = batch["lengths"][:, None, None]
+    if "cu_seq_lens_q" in batch:
+        lengths = batch["cu_seq_lens_q"].diff()
+        each = lengths.repeat_interleave(lengths)[None, :, None]
+
+    def add(module: Any, inputs: Any, embedded: torch.Tensor) -> torch.Tensor:
+        reach = alpha / (each * embedded.shape[-1]).sqrt()
+        return embedded + torch.empty_like(embedded).uniform_(-1, 1) * reach.to(embedded)
+
+    handle = model.get_input_embeddings().register_forward_hook(add)
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -150,7 +150,7 @@ class ChatTask(CausalTask):
 
         if room < 1:
             return [""] * len(prompts)
-        batch = self.collate([{"input_ids": prompt, "supervised": np.zeros(len(prompt), bool)} for prompt in prompts])
+        batch = self.padded([{"input_ids": prompt} for prompt in prompts])
         known = model.generation_config.eos_token_id
         stops = sorted({*ends, *(known if isinstance(known, list) else [known] if known is not None else [])})
         config = GenerationConfig(  # the model's own penalties would make answers depend on padding

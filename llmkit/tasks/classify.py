@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
@@ -13,7 +15,9 @@ from llmkit.data.batches import by_length
 from llmkit.data.corpus import Column, Corpus, Example, smallest_unsigned
 from llmkit.errors import DataError
 from llmkit.metrics.classification import classification_scores
-from llmkit.tasks.base import Batch, Encoded, Scores, Scoring, TaskSettings
+from llmkit.model.forward import fast_forward
+from llmkit.model.objective import Batch, to_device
+from llmkit.tasks.base import Encoded, Regularisation, Scores, Scoring, TaskSettings, embedding_noise
 
 
 class ClassifyTask:
@@ -78,26 +82,18 @@ class ClassifyTask:
                 encoded.append(Encoded([{"input_ids": after, "label": number}], len(before) - len(after)))
         return encoded
 
-    def collate(self, examples: Sequence[Example]) -> Batch:
-        """`input_ids` and `attention_mask` (B, T), padded on the right, and `labels` (B,)."""
-        width = max(len(example["input_ids"]) for example in examples)
-        ids = np.full((len(examples), width), self.pad_id, np.int64)
-        mask = np.zeros((len(examples), width), np.int64)
-        for row, example in enumerate(examples):
-            ids[row, : len(example["input_ids"])] = example["input_ids"]
-            mask[row, : len(example["input_ids"])] = 1
-        labels = np.array([example["label"] for example in examples], np.int64)
-        return {
-            name: torch.from_numpy(a) for name, a in (("input_ids", ids), ("attention_mask", mask), ("labels", labels))
-        }
+    @classmethod
+    def objective_of(cls, model: Any, pad_id: int, regularisation: Regularisation) -> ClassifyObjective:
+        """The cross entropy of the labels."""
+        return ClassifyObjective(model, pad_id, regularisation)
 
-    def count(self, batch: Batch) -> int:
-        """The number of texts."""
-        return len(batch["labels"])
+    def objective(self, model: Any, regularisation: Regularisation = Regularisation()) -> ClassifyObjective:
+        """The same with the tokenizer's own padding."""
+        return self.objective_of(model, self.pad_id, regularisation)
 
-    def loss(self, model: Any, batch: Batch) -> torch.Tensor:
-        """The summed cross entropy of the labels, in nats."""
-        return F.cross_entropy(self._logits(model, batch), batch["labels"], reduction="sum")
+    def padded(self, examples: Sequence[Example]) -> Batch:
+        """Token ids and attention mask, padded on the right."""
+        return _right_padded(examples, self.pad_id)
 
     def work(self, corpus: Corpus, scoring: Scoring) -> int:
         """Each example is scored once."""
@@ -108,14 +104,15 @@ class ClassifyTask:
         """Scores over all texts, and for `scoring.samples` of them what the model said."""
         loss = 0.0
         predicted = np.zeros(len(corpus), np.int64)
-        for numbers in by_length(corpus.lengths("input_ids"), scoring.batch_size):
-            batch = self.collate([corpus[int(i)] for i in numbers])
-            batch = {name: tensor.to(scoring.device) for name, tensor in batch.items()}
-            with scoring.autocast():
-                logits = self._logits(model, batch)
-            loss += F.cross_entropy(logits, batch["labels"], reduction="sum").item()
-            predicted[numbers] = logits.argmax(dim=-1).cpu().numpy()
-            scoring.advance(len(numbers))
+        objective = self.objective(model)
+        with objective.computing():
+            for numbers in by_length(corpus.lengths("input_ids"), scoring.batch_size):
+                batch = to_device(objective.collate([corpus[int(i)] for i in numbers]), scoring.device)
+                with scoring.autocast():
+                    logits = objective.logits(model, batch)
+                loss += F.cross_entropy(logits, batch["labels"], reduction="sum").item()
+                predicted[numbers] = logits.argmax(dim=-1).cpu().numpy()
+                scoring.advance(len(numbers))
         actual = np.asarray(corpus.values("label"), np.int64)
         found, tables = classification_scores(actual, predicted, self.settings.labels)
         found["loss"] = loss / len(corpus)
@@ -130,9 +127,51 @@ class ClassifyTask:
         ]
         return Scores({name: found[name] for name in self.metrics if name in scoring.metrics}, tables, samples)
 
-    def _logits(self, model: Any, batch: Batch) -> torch.Tensor:
+
+@dataclass(frozen=True)
+class ClassifyObjective:
+    """The cross entropy of one label a text; texts are padded on the right, (B, T)."""
+
+    model: Any
+    pad_id: int
+    regularisation: Regularisation
+    padded: ClassVar[bool] = True
+
+    def computing(self) -> AbstractContextManager[None]:
+        """To be entered around everything that computes with this objective's batches."""
+        return fast_forward(self.model, packed=False)
+
+    def collate(self, examples: Sequence[Example]) -> Batch:
+        """`input_ids` and `attention_mask` (B, T), and `labels` (B,)."""
+        labels = torch.tensor([example["label"] for example in examples])
+        lengths = torch.tensor([len(example["input_ids"]) for example in examples])
+        return _right_padded(examples, self.pad_id) | {"labels": labels, "lengths": lengths}
+
+    def count(self, batch: Batch) -> int:
+        """The number of texts."""
+        return len(batch["labels"])
+
+    def loss(self, model: Any, batch: Batch) -> torch.Tensor:
+        """The summed cross entropy of the labels, in nats."""
+        smoothing = self.regularisation.label_smoothing if model.training else 0.0
+        return F.cross_entropy(self.logits(model, batch), batch["labels"], reduction="sum", label_smoothing=smoothing)
+
+    def logits(self, model: Any, batch: Batch) -> torch.Tensor:
         """(B, C) in fp32."""
-        logits: torch.Tensor = model(
-            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]
-        ).logits.float()
+        inputs: dict[str, torch.Tensor] = {
+            name: batch[name] for name in ("input_ids", "attention_mask") if name in batch
+        }
+        alpha = self.regularisation.neftune_alpha if model.training else 0.0
+        with embedding_noise(model, batch, alpha) if alpha else nullcontext():
+            logits: torch.Tensor = model(**inputs).logits.float()
         return logits
+
+
+def _right_padded(examples: Sequence[Example], pad_id: int) -> Batch:
+    width = max(len(example["input_ids"]) for example in examples)
+    ids = np.full((len(examples), width), pad_id, np.int64)
+    mask = np.zeros((len(examples), width), np.int64)
+    for row, example in enumerate(examples):
+        ids[row, : len(example["input_ids"])] = example["input_ids"]
+        mask[row, : len(example["input_ids"])] = 1
+    return {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask)}

@@ -9,32 +9,28 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 
 from llmkit.data.batches import BatchOrder, by_length
 from llmkit.data.corpus import Corpus
 from llmkit.errors import DataError, DivergedError
+from llmkit.model.objective import Objective, to_device
 from llmkit.model.precision import autocast
 from llmkit.optim.schedules import Progress
 from llmkit.recipe.training import Training
 from llmkit.recipe.values import count_of, seconds_of
-from llmkit.run.checkpoint import (
-    Checkpoint,
-    link_file,
-    optimizer_from_parts,
-    optimizer_to_parts,
-    read_newest,
-    write_checkpoint,
-)
 from llmkit.train.hooks import Hook
+from llmkit.train.keeping import Keeper
+from llmkit.train.masters import Average, Masters
+from llmkit.train.micro_batches import Feeder, cut
 from llmkit.train.signals import StopRequest
-from llmkit.train.state import TrainState, random_state, restore_random_state
-from llmkit.train.step import Objective, Stepper
+from llmkit.train.state import TrainState
+from llmkit.train.step import Stepper
 
 Schedule = Callable[[Progress], float]
 
@@ -44,13 +40,14 @@ class Fit:
     """A training: what learns, from what, how, and where it is kept."""
 
     accelerator: Any
-    model: Any
+    masters: Masters
     objective: Objective
     optimizer: torch.optim.Optimizer
     schedule: Schedule
     training: Training
     train: Corpus
     held_out: Corpus | None
+    size_column: str
     seed: int
     precision: str
     folder: Path
@@ -62,30 +59,56 @@ class Fit:
     def __post_init__(self) -> None:
         if not len(self.train):
             raise DataError("there is no example to train on", where=self.train.folder, hint="look at rejected.jsonl")
-        self.order = BatchOrder(self.train.lengths(self.objective.size_column), self.training.batch_size, self.seed)
-        epochs = self.training.epochs or 1.0
-        self.total_steps = self.training.steps or max(1, math.ceil(epochs * self.order.steps_per_epoch))
-        self.warmup_steps = count_of(self.training.warmup, self.total_steps)
+        accelerator, training = self.accelerator, self.training
+        self.model = self.masters.model
+        self.order = batch_order(
+            training, self.train.lengths(self.size_column), self.seed, padded=self.objective.padded
+        )
+        self.total_steps = total_steps(training, self.order)
+        self.warmup_steps = count_of(training.warmup, self.total_steps)
         self.base_rates = [float(group["lr"]) for group in self.optimizer.param_groups]
-        self.model = self.accelerator.prepare(self.model)
-        scaler = torch.amp.GradScaler(self.accelerator.device.type) if self.precision == "fp16" else None
+        scaler = torch.amp.GradScaler(accelerator.device.type) if self.precision == "fp16" else None
+        self.average = Average(self.masters, training.ema) if training.ema else None
+        self.keeper = Keeper(
+            accelerator,
+            self.folder,
+            self.fingerprint,
+            self.masters,
+            self.optimizer,
+            self.average,
+            scaler,
+            training.keep_checkpoints,
+        )
+        processes, process = accelerator.num_processes, accelerator.process_index
+        self.feeder = Feeder(self.train, self.order, self.objective, process, processes, training.micro_batch_size)
         self.stepper = Stepper(
-            self.accelerator,
+            accelerator,
             self.model,
             self.objective,
+            self.feeder,
             self.optimizer,
+            self.masters,
             self.precision,
-            self.training.micro_batch_size,
-            self.training.max_grad_norm,
+            training.max_grad_norm,
+            self.warn,
             scaler,
         )
-        self.best_file = self.folder / "best.safetensors"
-        self._saved_step: int | None = None
 
-    @property
-    def unwrapped(self) -> Any:
-        """The model itself."""
-        return self.accelerator.unwrap_model(self.model)
+    def release(self) -> None:
+        """Lets go of what only training needs, so that saving and scoring take no memory beside it."""
+        self.optimizer.state.clear()
+        self.masters.release()
+
+    def resume(self) -> bool:
+        """Goes back to the newest checkpoint of this folder, if there is one for the same inputs."""
+        most = self.state.micro_batch_tokens
+        found = self.keeper.restore(self.warn)
+        if found is None:
+            return False
+        self.state = found
+        if isinstance(self.training.micro_batch_tokens, int) and most is not None:  # it may have been lowered since
+            self.state.micro_batch_tokens = min(most, found.micro_batch_tokens or most)
+        return True
 
     def run(self, hooks: Sequence[Hook]) -> TrainState:
         """Trains to the last step. The model then holds the best weights, or the last, as the recipe says.
@@ -95,61 +118,25 @@ class Fit:
         self.model.train()
         saved_at, saved_step = time.monotonic(), self.state.step
         try:
-            with StopRequest() as request:
+            with self.objective.computing(), StopRequest() as request:
                 while self.state.step < self.total_steps and not self._has_stalled():
                     stop = self._step(hooks, request.received is not None)
                     if self._evaluation_is_due():
                         self._evaluate(hooks)
                     if stop or self._save_is_due(saved_at, saved_step):
-                        self.save()
+                        self.keeper.save(self.state)
                         saved_at, saved_step = time.monotonic(), self.state.step
                     if stop:
                         raise request.error(self.state.step)
                 if any(self.stepper.sum_over_processes([int(request.received is not None)])):  # during the last step
-                    self.save()
+                    self.keeper.save(self.state)
                     raise request.error(self.state.step)
         finally:
+            self.feeder.close()
             for hook in hooks:
                 hook.close()
-        self._settle()
+        self.keeper.settle(self.state, self.training.keep)
         return self.state
-
-    def resume(self) -> bool:
-        """Goes back to the newest checkpoint of this folder, if there is one for the same inputs."""
-        with self.accelerator.main_process_first():  # which sets damaged ones aside
-            found = read_newest(self.folder / "checkpoints", self.fingerprint, self.warn)
-        if found is None:
-            return False
-        self._load(found.weights)
-        if found.best_weights is not None and self.accelerator.is_main_process:
-            link_file(found.best_weights, self.best_file)
-        optimizer_from_parts(self.optimizer, found.optimizer_tensors, found.optimizer_values)
-        self.state = TrainState(**found.state["state"])
-        self._saved_step = self.state.step
-        processes = found.state["random"]
-        restore_random_state(processes[self.accelerator.process_index % len(processes)])
-        if self.stepper.scaler is not None and found.state["scaler"]:
-            self.stepper.scaler.load_state_dict(found.state["scaler"])
-        return True
-
-    def save(self) -> None:
-        """Publishes a checkpoint of this step; every process must call it."""
-        from accelerate.utils import gather_object
-
-        random = gather_object([random_state()])
-        self._saved_step = self.state.step
-        if not self.accelerator.is_main_process:
-            return
-        tensors, values = optimizer_to_parts(self.optimizer)
-        scaler = self.stepper.scaler.state_dict() if self.stepper.scaler else None
-        state = {"state": self.state.to_json(), "random": random, "scaler": scaler}
-        write_checkpoint(
-            self.folder / "checkpoints",
-            self.state.step,
-            self.fingerprint,
-            Checkpoint(self._weights(), tensors, values, state, self.best_file if self.state.best_step else None),
-            keep=self.training.keep_checkpoints,
-        )
 
     def _step(self, hooks: Sequence[Hook], stop: bool) -> bool:
         """One step; True when training is to stop after it."""
@@ -158,15 +145,19 @@ class Fit:
         held_out = tuple(self.state.held_out_losses)
         multiplier = self.schedule(Progress(step, self.total_steps, self.warmup_steps, held_out))
         rates = [rate * multiplier for rate in self.base_rates]
-        examples = self.order.batch(step).tolist()
         try:
-            result = self.stepper.step(self.train, examples, rates, stop)
+            result = self.stepper.step(step, rates, self.state.micro_batch_tokens, stop)
         except DivergedError as error:
+            examples = self.order.batch(step).tolist()
             got = f"{error.got} in step {step + 1}, on the examples {', '.join(map(str, examples[:16]))}"
             raise DivergedError(error.what, got=got, hint=error.hint, where=self.train.folder) from None
-        seconds = time.perf_counter() - started
         self.state.step += 1
+        if self.average is not None:
+            self.average.update(self.state.step)
+        seconds = time.perf_counter() - started
+        self.state.micro_batch_tokens = result.micro_batch_tokens
         self.state.tokens += result.tokens
+        self.state.computed += result.computed
         self.state.supervised += result.supervised
         self.state.loss_sum += result.loss * result.supervised
         self.state.seconds += seconds
@@ -181,34 +172,40 @@ class Fit:
         return result.stop
 
     def _evaluate(self, hooks: Sequence[Hook]) -> None:
-        loss = self.held_out_loss()
+        with self.average.applied() if self.average else nullcontext():
+            loss = self.held_out_loss()
+            is_best = self._note(loss)
+            if is_best:
+                self.keeper.keep_best()
+        for hook in hooks:
+            hook.after_evaluation(self.state, {"eval_loss": loss})
+
+    def _note(self, loss: float) -> bool:
+        """Takes in a held-out loss; True when it is the best so far. Raises DivergedError."""
         if not math.isfinite(loss):
             raise DivergedError(
                 "the held-out loss is not a finite number",
                 got=f"{loss} after step {self.state.step}",
                 hint="lower the learning rate, use precision: fp32, or look at the held-out data",
             )
-        if self.state.note_evaluation(loss, self.training.early_stopping) and self.accelerator.is_main_process:
-            aside = self.best_file.with_suffix(".tmp")
-            save_file(self._weights(), aside)
-            aside.replace(self.best_file)
-        for hook in hooks:
-            hook.after_evaluation(self.state, {"eval_loss": loss})
+        return self.state.note_evaluation(loss, self.training.early_stopping)
 
-    @torch.inference_mode()
     def held_out_loss(self) -> float:
         """The mean loss over everything supervised in the held-out corpus, over all processes."""
         assert self.held_out is not None
         self.model.eval()
         device = self.accelerator.device
         sums = torch.zeros(2, dtype=torch.float64, device=device)
-        batches = by_length(self.held_out.lengths(self.objective.size_column), self.eval_batch_size)
-        for numbers in batches[self.accelerator.process_index :: self.accelerator.num_processes]:
-            batch = self.objective.collate([self.held_out[int(number)] for number in numbers])
-            count = self.objective.count(batch)
-            with autocast(device, self.precision):
-                loss = self.objective.loss(self.unwrapped, {name: t.to(device) for name, t in batch.items()})
-            sums += torch.tensor([loss.item(), count], dtype=torch.float64, device=device)
+        lengths, most = self.held_out.lengths(self.size_column), self.state.micro_batch_tokens
+        padded, size = self.objective.padded, self.eval_batch_size
+        parts = [
+            part for numbers in by_length(lengths, size) for part in cut(numbers, lengths, padded=padded, tokens=most)
+        ]
+        with torch.inference_mode(), self.objective.computing(), autocast(device, self.precision):
+            for numbers in parts[self.accelerator.process_index :: self.accelerator.num_processes]:
+                batch = self.objective.collate([self.held_out[int(number)] for number in numbers])
+                loss = self.objective.loss(self.model, to_device(batch, device)).item()
+                sums += torch.tensor([loss, self.objective.count(batch)], dtype=torch.float64, device=device)
         self.model.train()
         total, count = self.accelerator.reduce(sums, "sum").tolist()
         return float(total / count)
@@ -235,32 +232,13 @@ class Fit:
         rule = self.training.early_stopping
         return rule is not None and self.state.evaluations_without_gain >= rule.patience
 
-    @property
-    def disposable(self) -> tuple[Path, ...]:
-        """What is not needed once the model stands: all that served to resume, unless the best weights are not the last."""
-        best_is_last = self.state.best_step in (None, self.state.step)
-        return (self.folder / "checkpoints", self.best_file) if best_is_last else ()
 
-    def _settle(self) -> None:
-        """Puts the best weights into the model when they are wanted, keeping the last ones in a checkpoint."""
-        if self.training.keep == "last" or self.state.best_step in (None, self.state.step):
-            return
-        if self._saved_step != self.state.step:
-            self.save()
-        self.accelerator.wait_for_everyone()
-        self._load(load_file(self.best_file))
+def batch_order(training: Training, lengths: Any, seed: int, *, padded: bool) -> BatchOrder:
+    """The global batches that a recipe asks for."""
+    size = training.batch_size or (8 if training.batch_tokens is None else None)
+    return BatchOrder(lengths, seed, batch_size=size, batch_tokens=training.batch_tokens, by_length=padded)
 
-    def _weights(self) -> dict[str, torch.Tensor]:
-        """What training changes: trainable parameters, and the buffers that are saved with a model."""
-        model = self.unwrapped
-        saved = model.state_dict().keys()
-        found = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-        found |= {name: buffer for name, buffer in model.named_buffers() if name in saved}
-        return {name: tensor.detach().cpu().contiguous() for name, tensor in found.items()}
 
-    @torch.no_grad()
-    def _load(self, weights: dict[str, torch.Tensor]) -> None:
-        """Puts back what `_weights` gave."""
-        tensors = {**dict(self.unwrapped.named_parameters()), **dict(self.unwrapped.named_buffers())}
-        for name, value in weights.items():
-            tensors[name].copy_(value)
+def total_steps(training: Training, order: BatchOrder) -> int:
+    """How many steps a training takes when nothing stops it early."""
+    return training.steps or max(1, math.ceil((training.epochs or 1.0) * order.steps_per_epoch))

@@ -18,6 +18,7 @@ class TrainState:
 
     step: int = 0
     tokens: int = 0
+    computed: int = 0  # positions: more than tokens with padding, fewer where examples share a beginning
     supervised: int = 0
     loss_sum: float = 0.0
     seconds: float = 0.0
@@ -26,6 +27,7 @@ class TrainState:
     best_step: int | None = None
     loss_to_beat: float | None = None  # by min_delta, for early stopping; the best may be a little lower
     evaluations_without_gain: int = 0
+    micro_batch_tokens: int | None = None  # most that a process computes at once; lower once memory ran out
     held_out_losses: list[float] = field(default_factory=list)  # all of them, in order
 
     @property

@@ -1,53 +1,43 @@
 """One optimizer step: a global batch, in micro-batches, over all processes, with the right loss.
 
 The loss is the sum over everything supervised in the global batch, divided by its number. How the batch is cut into
-micro-batches and spread over processes changes nothing but speed.
+micro-batches and spread over processes changes nothing but speed; where memory runs out, it is cut finer.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any
 
 import torch
 
-from llmkit.data.corpus import Corpus, Example
-from llmkit.errors import DivergedError
+from llmkit.errors import DivergedError, ResourceError
+from llmkit.model.objective import Batch, Objective, examples_in, sizes, to_device
 from llmkit.model.precision import autocast
+from llmkit.train.masters import Masters
+from llmkit.train.micro_batches import Feeder
 
-Batch = dict[str, torch.Tensor]
-
-
-class Objective(Protocol):
-    """What training needs of a task."""
-
-    size_column: ClassVar[str]
-
-    def collate(self, examples: Sequence[Example]) -> Batch:
-        """Examples as padded tensors."""
-
-    def count(self, batch: Batch) -> int:
-        """How many things are supervised."""
-
-    def loss(self, model: Any, batch: Batch) -> torch.Tensor:
-        """The sum of their losses."""
+_EVERYTHING = 2**62  # tokens at once
 
 
 @dataclass(frozen=True)
 class StepResult:
     """What a step did; `stop` is True when any process was asked to stop.
 
-    `grad_norm` is None when gradients overflowed in fp16: the weights then stay and the scale of the loss is lowered.
+    `computed` counts positions: more than tokens with padding, fewer where examples share a beginning. `grad_norm` is
+    None when gradients overflowed in fp16: the weights then stay and the scale of the loss is lowered.
+    `micro_batch_tokens` is lower than before when memory ran out.
     """
 
     loss: float
     grad_norm: float | None
     tokens: int
+    computed: int
     supervised: int
     stop: bool
+    micro_batch_tokens: int | None
 
 
 @dataclass
@@ -57,78 +47,131 @@ class Stepper:
     accelerator: Any
     model: Any
     objective: Objective
+    feeder: Feeder
     optimizer: torch.optim.Optimizer
+    masters: Masters
     precision: str
-    micro_batch_size: int | None
     max_grad_norm: float | None
+    warn: Callable[[str], None]
     scaler: torch.amp.GradScaler | None = None
 
-    def step(self, corpus: Corpus, numbers: Sequence[int], learning_rates: Sequence[float], stop: bool) -> StepResult:
-        """Learns from the examples of one global batch; `learning_rates` has one for each group of parameters.
+    def step(self, step: int, rates: Sequence[float], micro_batch_tokens: int | None, stop: bool) -> StepResult:
+        """Learns from the global batch of a 0-based step; `rates` has one for each group of parameters.
 
-        Raises DivergedError when the loss or the gradient is not finite; the weights are then as before.
+        Raises DivergedError when the loss or the gradient is not finite; the weights are then as before. Raises
+        ResourceError when memory does not suffice for one example.
         """
-        micro_batches = self._share_of_this_process(corpus, numbers)
-        supervised = sum(self.objective.count(batch) for batch in micro_batches)
-        tokens = sum(int(batch["attention_mask"].sum()) for batch in micro_batches)
-        if len(numbers) <= self.accelerator.process_index:
-            supervised = tokens = 0  # a stand-in example, so that every process takes part; it weighs nothing
-        supervised_in_all, tokens_in_all, stops = self.sum_over_processes([supervised, tokens, int(stop)])
-        loss = self._backward(micro_batches, supervised_in_all, weigh=supervised > 0).item()
-        grad_norm = self._clip().item()
+        weigh = self.feeder.has_share(step)  # else a stand-in example, so that every process takes part
+        random = _random_state(self.accelerator.device)
+        while True:
+            batches = self.feeder.take(step, micro_batch_tokens)
+            counted = [sizes(batch) for batch in batches]
+            own = [sum(map(self.objective.count, batches)), sum(t for t, _ in counted), sum(c for _, c in counted)]
+            own = own if weigh else [0, 0, 0]
+            supervised, tokens, computed, stops = self.sum_over_processes([*own, int(stop)])
+            loss, fits = self._backward(batches, supervised, weigh=weigh)
+            fits = self._least(fits)
+            if fits == _EVERYTHING:
+                break
+            micro_batch_tokens = self._lowered(step, fits)
+            _restore_random_state(random, self.accelerator.device)
+        assert loss is not None, "a process that ran out of memory begins the step again"
+        mean = self._sum_in_place(loss).item() / max(supervised, 1)
+        grad_norm = self._update(mean, rates)
+        return StepResult(mean, grad_norm, tokens, computed, supervised, stops > 0, micro_batch_tokens)
+
+    def _backward(self, batches: list[Batch], supervised: int, *, weigh: bool) -> tuple[torch.Tensor | None, int]:
+        """Fills this process's gradients; gives the sum of its losses, and how many tokens may be computed at once.
+
+        When memory ran out, the loss is None, and the tokens are half of those that were too many; 0 for one example.
+        """
+        device = self.accelerator.device
+        total = torch.zeros((), device=device)
+        self.masters.forget_gradients()
+        for batch in batches:
+            try:
+                with autocast(device, self.precision):
+                    loss = self.objective.loss(self.model, to_device(batch, device))
+                scaled = loss * (weigh / max(supervised, 1))
+                (self.scaler.scale(scaled) if self.scaler else scaled).backward()
+                total += loss.detach() * weigh
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                return None, max(sizes(batch)) // 2 if examples_in(batch) > 1 else 0
+        self.masters.finish_gradients()
+        return total, _EVERYTHING
+
+    def _lowered(self, step: int, tokens: int) -> int:
+        """Makes room and says so. Raises ResourceError when one example is too much."""
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        if not tokens:
+            raise ResourceError(
+                "there is not enough memory for one example",
+                got=f"the longest of step {step + 1}",
+                hint="lower data.max_length, set activation_checkpointing: true, or freeze more",
+            )
+        self.warn(
+            f"out of memory in step {step + 1}: it is done again, and all that follow, with at most {tokens:,} tokens "
+            "computed at once; the batch, the loss and the order stay the same"
+        )
+        return tokens
+
+    def _update(self, loss: float, rates: Sequence[float]) -> float | None:
+        """Clips, checks, and lets the optimizer work; gives the norm of the gradient, None when fp16 overflowed."""
+        self._sum_in_place(self.masters.gradients)
+        if self.scaler is not None:
+            self.scaler.unscale_(self.optimizer)
+        grad_norm = torch.linalg.vector_norm(self.masters.gradients).item()
         overflowed = not math.isfinite(grad_norm) and self.scaler is not None and self.scaler.get_scale() > 1
         if not (math.isfinite(loss) and (math.isfinite(grad_norm) or overflowed)):
-            self.optimizer.zero_grad()
             raise DivergedError(
                 "the loss or its gradient is not a finite number",
                 got=f"loss {loss:.4g}, gradient norm {grad_norm:.4g}",
                 hint="lower the learning rate, use precision: fp32, or look at the data of this step",
             )
-        for group, rate in zip(self.optimizer.param_groups, learning_rates, strict=True):
+        if self.max_grad_norm is not None and grad_norm > self.max_grad_norm:
+            self.masters.gradients.mul_(self.max_grad_norm / grad_norm)
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
         if self.scaler is None:
             self.optimizer.step()
         else:
             self.scaler.step(self.optimizer)
             self.scaler.update()
-        self.optimizer.zero_grad()
-        return StepResult(loss, None if overflowed else grad_norm, tokens_in_all, supervised_in_all, stops > 0)
+        self.masters.publish()
+        return None if overflowed else grad_norm
 
-    def _share_of_this_process(self, corpus: Corpus, numbers: Sequence[int]) -> list[Batch]:
-        rank, processes = self.accelerator.process_index, self.accelerator.num_processes
-        mine = list(numbers[rank::processes]) or list(numbers[:1])
-        size = self.micro_batch_size or len(mine)
-        parts = [mine[start : start + size] for start in range(0, len(mine), size)]
-        return [self.objective.collate([corpus[int(number)] for number in part]) for part in parts]
+    def _sum_in_place(self, tensor: torch.Tensor) -> torch.Tensor:
+        if self.accelerator.num_processes > 1:
+            torch.distributed.all_reduce(tensor)
+        return tensor
 
-    def _backward(self, micro_batches: list[Batch], supervised: int, *, weigh: bool) -> torch.Tensor:
-        """Fills the gradients; gives the mean loss over the global batch."""
-        device = self.accelerator.device
-        total = torch.zeros((), device=device)
-        # Gradients of several processes are averaged, but the loss is to be a sum over them.
-        scale = self.accelerator.num_processes / max(supervised, 1) * weigh
-        for number, batch in enumerate(micro_batches):
-            last = number == len(micro_batches) - 1
-            on_device = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
-            with nullcontext() if last else self.accelerator.no_sync(self.model):
-                with autocast(device, self.precision):
-                    loss = self.objective.loss(self.model, on_device)
-                scaled = loss * scale
-                (self.scaler.scale(scaled) if self.scaler else scaled).backward()
-            total += loss.detach() * weigh
-        return self.accelerator.reduce(total, "sum") / max(supervised, 1)
-
-    def _clip(self) -> torch.Tensor:
-        """The norm of all gradients, before they are scaled down to max_grad_norm."""
-        if self.scaler is not None:
-            self.scaler.unscale_(self.optimizer)
-        trainable = [p for group in self.optimizer.param_groups for p in group["params"]]
-        limit = float("inf") if self.max_grad_norm is None else self.max_grad_norm
-        return torch.nn.utils.clip_grad_norm_(trainable, limit)
+    def _least(self, value: int) -> int:
+        if self.accelerator.num_processes == 1:
+            return value
+        values = torch.tensor(value, device=self.accelerator.device)
+        torch.distributed.all_reduce(values, torch.distributed.ReduceOp.MIN)
+        return int(values)
 
     def sum_over_processes(self, counts: list[int]) -> list[int]:
         """Each count summed over all processes, which must all call this."""
         if self.accelerator.num_processes == 1:
             return counts
-        summed = self.accelerator.reduce(torch.tensor(counts, device=self.accelerator.device), "sum")
-        return [int(count) for count in summed]
+        return self._sum_in_place(torch.tensor(counts, device=self.accelerator.device)).tolist()
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """True when an allocation failed, on a GPU or on the CPU, which has no exception of its own for it."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+
+
+def _random_state(device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None]:
+    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+
+def _restore_random_state(state: tuple[torch.Tensor, torch.Tensor | None], device: torch.device) -> None:
+    torch.set_rng_state(state[0])
+    if state[1] is not None:
+        torch.cuda.set_rng_state(state[1], device)

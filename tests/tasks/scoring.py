@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ def scoring_of(task: Task, **changes: Any) -> Scoring:
     """fp32 on the CPU, all metrics."""
     given: dict[str, Any] = {
         "device": torch.device("cpu"),
-        "autocast": nullcontext,
+        "precision": "fp32",
         "batch_size": 4,
         "metrics": task.metrics,
         "generate": 6,

@@ -79,11 +79,14 @@ def test_scores_are_those_by_hand(task: ClassifyTask, model: Any, tmp_path: Path
 
 def test_the_training_loss_is_the_sum(task: ClassifyTask, model: Any, tmp_path: Path) -> None:
     corpus = corpus_of(task, tmp_path / "corpus", ROWS)
-    alone = [task.loss(model, task.collate([corpus[i]])).item() for i in range(6)]
-    batch = task.collate([corpus[i] for i in range(6)])
-    assert task.count(batch) == 6
-    assert not batch["attention_mask"].all(), "there is padding"
-    assert task.loss(model, batch).item() == pytest.approx(sum(alone), rel=1e-5)
+    objective = task.objective(model)
+    assert objective.padded
+    with objective.computing():
+        alone = [objective.loss(model, objective.collate([corpus[i]])).item() for i in range(6)]
+        batch = objective.collate([corpus[i] for i in range(6)])
+        assert objective.count(batch) == 6
+        assert not batch["attention_mask"].all(), "there is padding"
+        assert objective.loss(model, batch).item() == pytest.approx(sum(alone), rel=1e-5)
 
 
 def test_rows_are_cut_counted_or_refused(task: ClassifyTask) -> None:

@@ -2,56 +2,73 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, PretrainedConfig, PreTrainedModel
 
 from llmkit.data.corpus import Column, Corpus, CorpusWriter
 from llmkit.model.groups import parameter_groups
 from llmkit.optim import build_optimizer, build_schedule
 from llmkit.recipe.training import Training
 from llmkit.run.log import MetricsLog, read_metrics
-from llmkit.tasks.base import TaskSettings
+from llmkit.stages.sizing import shape_computation
+from llmkit.tasks.base import Regularisation, TaskSettings
 from llmkit.tasks.causal import CausalTask
 from llmkit.train.hooks.metrics_log import MetricsLogHook
 from llmkit.train.loop import Fit
+from llmkit.train.masters import Masters
 from llmkit.train.state import TrainState, seed_everything
+from llmkit.train.step import StepResult
 
 WORDS = 61
 COLUMNS = {"input_ids": Column("uint8"), "supervised": Column("bool")}
 
 
-def tiny_model(family: str = "llama", *, dropout: float = 0.0, seed: int = 1) -> PreTrainedModel:
-    """A causal language model of some thousand parameters."""
-    configs = {
-        "llama": LlamaConfig(
-            vocab_size=WORDS,
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=64,
-            attention_dropout=dropout,
-        ),
-        "gpt2": GPT2Config(
-            vocab_size=WORDS,
-            n_embd=32,
-            n_layer=2,
-            n_head=4,
-            n_positions=64,
-            attn_pdrop=dropout,
-            embd_pdrop=dropout,
-            resid_pdrop=dropout,
-        ),
+def tiny_config(family: str, dropout: float = 0.0, **changes: Any) -> PretrainedConfig:
+    """A config of two blocks. Windows are shorter than most examples of `random_corpus`."""
+    shape = {
+        "vocab_size": WORDS,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+        "attention_dropout": dropout,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
     }
-    config = configs[family]
+    own: dict[str, dict[str, Any]] = {
+        "mistral": {"sliding_window": 6},
+        "qwen2": {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1},
+        "gemma2": {
+            "sliding_window": 6,
+            "head_dim": 8,
+            "attn_logit_softcapping": 2.0,
+            "final_logit_softcapping": 3.0,
+            "query_pre_attn_scalar": 8,
+        },
+        "granite": {"logits_scaling": 3.0, "attention_multiplier": 0.3, "residual_multiplier": 0.7},
+        "cohere": {"logit_scale": 0.4},
+    }
+    if family == "gpt2":
+        rates = dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop", "summary_first_dropout"), dropout)
+        size = {"vocab_size": WORDS, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
+        return GPT2Config(**(size | {"bos_token_id": 1, "eos_token_id": 2} | rates | changes))
+    return AutoConfig.for_model(family, **(shape | own.get(family, {}) | changes))
+
+
+def tiny_model(family: str = "llama", *, dropout: float = 0.0, seed: int = 1, **changes: Any) -> PreTrainedModel:
+    """A causal language model of some thousand parameters."""
+    config = tiny_config(family, dropout, **changes)
     config.use_cache = False
     torch.manual_seed(seed)
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
@@ -101,21 +118,93 @@ def make_fit(folder: Path, train: Corpus, held_out: Corpus | None = None, **give
     seed_everything(own["seed"] + accelerator.process_index)
     groups = parameter_groups(model, lr=own["lr"], weight_decay=training.weight_decay)
     options = training.optimizer.options
+    objective = (own["task"] or tiny_task()).objective(
+        model, Regularisation(training.label_smoothing, training.neftune_alpha)
+    )
+    masters = Masters(model, own["precision"])
+    shape_computation(model, training)
+    limit = training.micro_batch_tokens
     return Fit(
         accelerator=accelerator,
-        model=model.to(accelerator.device),
-        objective=own["task"] or tiny_task(),
-        optimizer=build_optimizer(training.optimizer.name, groups, lr=own["lr"], options=options),
+        masters=masters,
+        objective=objective,
+        optimizer=build_optimizer(training.optimizer.name, masters.adopt(groups), lr=own["lr"], options=options),
         schedule=build_schedule(training.schedule.name, training.schedule.options),
         training=training,
         train=train,
         held_out=held_out,
+        size_column="input_ids",
         seed=own["seed"],
         precision=own["precision"],
         folder=folder,
         fingerprint=own["fingerprint"],
         warn=own["warn"],
+        state=TrainState(micro_batch_tokens=None if limit == "auto" else limit),
     )
+
+
+class GivenOrder:
+    """An order that was written down: `batches[step]`, and again from the first."""
+
+    def __init__(self, lengths: np.ndarray, batches: Sequence[Sequence[int]]) -> None:
+        self.lengths = lengths
+        self.batches = [np.asarray(batch) for batch in batches]
+
+    def batch(self, step: int) -> np.ndarray:
+        return self.batches[step % len(self.batches)]
+
+
+def give(fit: Fit, *batches: Sequence[int], micro_batch_size: int | None = None) -> Fit:
+    """The same Fit, fed with these batches instead of its own."""
+    fit.order = GivenOrder(fit.order.lengths, batches)  # type: ignore[assignment]
+    fit.feeder.order = fit.order
+    fit.feeder.micro_batch_size = micro_batch_size
+    return fit
+
+
+def take_step(fit: Fit, numbers: Sequence[int], rate: float = 1e-3, *, stop: bool = False) -> StepResult:
+    """One step on these examples."""
+    give(fit, numbers)
+    fit.model.train()
+    with fit.objective.computing():
+        return fit.stepper.step(0, [rate] * len(fit.optimizer.param_groups), None, stop)
+
+
+def gradients(
+    fit: Fit, numbers: Sequence[int], *, micro_batch_size: int | None = None, tokens: int | None = None
+) -> tuple[float, dict[str, torch.Tensor], int]:
+    """The mean loss of these examples, its gradients in fp32, and in how many micro-batches; without the update."""
+    give(fit, numbers, micro_batch_size=micro_batch_size)
+    fit.model.train()
+    batches = fit.feeder.take(0, tokens)
+    supervised = sum(fit.objective.count(batch) for batch in batches)
+    with fit.objective.computing():
+        loss, _ = fit.stepper._backward(batches, supervised, weigh=True)
+    assert loss is not None, "memory ran out"
+    found = {name: weight.grad.clone() for name, weight in fit.masters.weights.items()}  # type: ignore[union-attr]
+    return loss.item() / supervised, found, len(batches)
+
+
+def by_hand(model: Any, corpus: Corpus, numbers: Sequence[int]) -> torch.Tensor:
+    """The mean loss, one example at a time, without padding, from all logits, by the model's own attention."""
+    total, count = torch.zeros(()), 0
+    for number in numbers:
+        ids = torch.from_numpy(np.asarray(corpus[number]["input_ids"], np.int64))
+        chosen = torch.tensor(np.asarray(corpus[number]["supervised"]))[1:]
+        logits = model(input_ids=ids[None], use_cache=False).logits[0, :-1]
+        total = total + F.cross_entropy(logits[chosen].float(), ids[1:][chosen], reduction="sum")
+        count += int(chosen.sum())
+    return total / count
+
+
+def gradients_by_hand(model: Any, corpus: Corpus, numbers: Sequence[int]) -> tuple[float, dict[str, torch.Tensor]]:
+    """`by_hand`, with its gradients."""
+    model.zero_grad()
+    loss = by_hand(model, corpus, numbers)
+    loss.backward()
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+    model.zero_grad(set_to_none=True)
+    return loss.item(), found
 
 
 def one_thread() -> Iterator[None]:
@@ -164,7 +253,8 @@ def log_of(fit: Fit) -> list[dict[str, Any]]:
 
 def weights_of(fit: Fit) -> dict[str, torch.Tensor]:
     """A copy of all parameters."""
-    return {name: parameter.detach().clone() for name, parameter in fit.unwrapped.named_parameters()}
+    with fit.masters.in_full() as model:
+        return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
 
 
 def moments_of(fit: Fit) -> dict[str, torch.Tensor]:

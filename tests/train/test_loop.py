@@ -11,6 +11,7 @@ import torch
 from fitting import (
     COLUMNS,
     Recorder,
+    by_hand,
     log_of,
     logged,
     make_fit,
@@ -18,7 +19,6 @@ from fitting import (
     random_corpus,
     same_bits,
     tiny_model,
-    tiny_task,
     weights_of,
 )
 
@@ -56,17 +56,13 @@ def test_the_held_out_loss_is_the_mean_over_all_supervised_tokens(
     tmp_path: Path, corpora: tuple[Corpus, Corpus]
 ) -> None:
     fit = make_fit(tmp_path / "fit", *corpora, model=tiny_model("gpt2", dropout=0.5))
-    task, model, held_out = tiny_task(), fit.unwrapped.eval(), corpora[1]
-    total, count = 0.0, 0
+    model = fit.model.eval()
     with torch.no_grad():
-        for example in held_out:
-            batch = task.collate([example])
-            total += task.loss(model, batch).item()
-            count += task.count(batch)
+        expected = by_hand(model, corpora[1], range(len(corpora[1]))).item()
     model.train()
     for size in (1, 4, 100):
         fit.eval_batch_size = size
-        assert fit.held_out_loss() == pytest.approx(total / count, abs=1e-5)
+        assert fit.held_out_loss() == pytest.approx(expected, abs=1e-5)
     assert model.training, "dropout works again afterwards"
 
 
@@ -125,7 +121,7 @@ def test_without_held_out_data_the_last_weights_are_the_model(tmp_path: Path, co
         state = fit.run([recorder])
         assert recorder.evaluations == []
         assert (state.eval_loss, state.best_step, state.step) == (None, None, 3)
-        assert fit.disposable == (fit.folder / "checkpoints", fit.best_file)
+        assert fit.keeper.disposable(state) == (fit.folder / "checkpoints", fit.keeper.best_file)
     with pytest.raises(DataError, match="no example to train on"):
         make_fit(tmp_path / "fit", empty)
 
@@ -135,7 +131,7 @@ def test_a_held_out_loss_that_is_not_finite_is_divergence(tmp_path: Path, corpor
 
     def break_it() -> None:
         with torch.no_grad():
-            fit.unwrapped.lm_head.weight.fill_(float("nan"))
+            fit.model.lm_head.weight.fill_(float("nan"))
 
     recorder = Recorder({2: break_it})
     with pytest.raises(DivergedError, match="held-out loss"):

@@ -62,7 +62,7 @@ def test_killed_and_resumed_equals_never_killed(way: str, tmp_path: Path, corpor
     torch.manual_seed(99)
     again = fit_for(tmp_path / "fit", corpora, way)
     with torch.no_grad():
-        for parameter in again.unwrapped.parameters():
+        for parameter in again.model.parameters():
             parameter.fill_(7.0)
     assert again.resume()
     rest = Recorder()

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from fitting import Recorder, facts_of, make_fit, tiny_model
+from fitting import Recorder, facts_of, make_fit, tiny_model, weights_of
 from safetensors.torch import save_file
+from small_memory import short_of_memory
 
 from llmkit.data.corpus import Corpus
 
@@ -19,7 +20,7 @@ def main(folder: Path, case: str) -> None:
     torch.set_num_threads(1)
     given = json.loads(case)
     stop_after, cpu = given.pop("stop_after", None), Accelerator(cpu=True)
-    family = given.pop("family", "llama")
+    family, short = given.pop("family", "llama"), given.pop("short_of_memory", None)
     fit = make_fit(
         folder / "fit",
         Corpus(folder.parent / "train"),
@@ -28,6 +29,8 @@ def main(folder: Path, case: str) -> None:
         accelerator=cpu,
         **given,
     )
+    if short is not None and cpu.process_index == short["process"]:
+        short_of_memory(fit, short["tokens"])
     fit.resume()
     recorder = Recorder()
     if stop_after is not None and cpu.process_index == cpu.num_processes - 1:  # the last process alone is signalled
@@ -39,7 +42,7 @@ def main(folder: Path, case: str) -> None:
         fit.run([recorder])
     except Exception as error:
         status = type(error).__name__
-    own = {name: parameter.detach().clone() for name, parameter in fit.unwrapped.named_parameters()}
+    own = weights_of(fit)
     save_file(own, folder / f"weights-{cpu.process_index}.safetensors")
     found = {
         "status": status,

@@ -1,0 +1,99 @@
+"""`llmkit plan`: what will happen before it happens, as tables or JSON."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+
+from llmkit.cli.console import make_table, standard_output
+from llmkit.cli.output import errors_shown, print_json
+from llmkit.cli.recipes import Flags, recipe_from, run_directory
+from llmkit.cli.stages import make_reporter, open_run, quieten_libraries
+
+_PARTS = {
+    "weights": "weights",
+    "masters": "fp32 copies of the weights",
+    "gradients": "gradients",
+    "optimizer": "optimizer state",
+    "activations": "activations and logits",
+    "program": "the program itself",
+}
+
+
+def plan_command(flags: Flags, *, measure: bool, as_json: bool, quiet: bool, verbose: bool) -> None:
+    """Foretells steps, memory and time of every stage that trains."""
+    started = time.monotonic()
+    reporter = make_reporter(quiet=quiet)
+    with errors_shown(as_json=as_json):
+        recipe = recipe_from(flags, "plan", reporter)
+        path = run_directory(flags, recipe)
+    with errors_shown(as_json=as_json, run_dir=path):
+        quieten_libraries(verbose=verbose)
+        from llmkit.stages.plan import plan_stages
+        from llmkit.stages.preflight import check_recipe
+
+        check_recipe(recipe)
+        run = open_run(path, recipe, reporter, lead=True)
+        try:
+            plans = plan_stages(recipe, run, measure=measure)
+        finally:
+            run.close()
+        if as_json:
+            print_json(
+                {
+                    "status": "done",
+                    "command": "plan",
+                    "run_dir": str(path),
+                    "seconds": round(time.monotonic() - started, 2),
+                    "metrics": {plan.stage: {k: v for k, v in asdict(plan).items() if k != "stage"} for plan in plans},
+                    "artifacts": {},
+                }
+            )
+            return
+        for plan in plans:
+            _show(standard_output(), plan)
+
+
+def _show(console: Console, plan: Any) -> None:
+    total = plan.trainable_parameters + plan.frozen_parameters
+    rows: list[tuple[str, str]] = [("data", plan.data)]
+    if plan.examples is not None:
+        rows.append(("examples", f"{plan.examples:,}"))
+    supervised = f", {plan.supervised:,} of the corpus supervised" if plan.supervised is not None else ""
+    rows += [
+        ("tokens", f"{plan.tokens:,}{supervised}"),
+        ("steps", f"{plan.steps:,} of about {plan.tokens / plan.steps:,.0f} tokens"),
+        ("padding", f"{plan.padding_share:.1%} of what is computed"),
+        ("trainable", f"{plan.trainable_parameters:,} parameters ({plan.trainable_parameters / total:.1%})"),
+        ("frozen", f"{plan.frozen_parameters:,} parameters"),
+        ("precision", plan.precision),
+        ("at once", f"{plan.micro_batch_tokens:,} tokens at most"),
+    ]
+    rows += [(_PARTS[name], f"{value / 2**30:,.2f} GiB") for name, value in plan.memory_bytes.items()]
+    verdict = "fits" if plan.fits else "does not fit"
+    rows.append(
+        (
+            "peak memory",
+            f"{plan.peak_memory_bytes / 2**30:,.2f} GiB: {verdict} into {plan.available_bytes / 2**30:,.1f}",
+        )
+    )
+    rows.append(("time", f"{_readable(plan.seconds)} ({plan.seconds_from})"))
+    console.print(make_table(f"\n{plan.stage}", ("", ""), [(name, escape(text)) for name, text in rows]))
+    if not plan.fits:
+        console.print(
+            "[bold]to make it fit[/]  freeze more, set activation_checkpointing: true, lower data.max_length, "
+            "or choose `optimizer: adafactor`",
+            soft_wrap=True,
+        )
+
+
+def _readable(seconds: float) -> str:
+    """A time in the unit that suits it."""
+    for unit, length in (("days", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:,.1f} {unit}"
+    return f"{seconds:,.1f} s"

@@ -1,0 +1,163 @@
+"""What an optimizer changes: fp32 weights and their gradients, whatever numbers the model computes with.
+
+In bf16 the model holds bf16 copies of all parameters: products need no casts, and activations take half the memory. The
+optimizer works on fp32 masters, to which each micro-batch's gradients are added as soon as they are there (Micikevicius
+et al., 2017: https://arxiv.org/abs/1710.03740). Otherwise the masters are the model's own parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from llmkit.model.precision import compute_in
+
+
+class Masters:
+    """The trainable weights of a model by name, in fp32; each one's `grad` is a view of `gradients`, one flat tensor."""
+
+    def __init__(self, model: Any, precision: str) -> None:
+        self.model = model
+        self._own = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        originals = compute_in(model, precision)
+        self._cast = frozenset(originals)
+        self.frozen = {  # not on a GPU, where nothing needs them before they are saved
+            name: tensor.cpu() if tensor.is_cuda else tensor
+            for name, tensor in originals.items()
+            if name not in self._own and _loses_bits(tensor)
+        }
+        self.weights = {
+            name: torch.nn.Parameter(originals[name]) if name in originals else p for name, p in self._own.items()
+        }
+        self.copied = [name for name in self._own if name in originals]
+        self._touched: set[str] = set()
+        self.gradients = torch.zeros(sum(p.numel() for p in self._own.values()), device=model.device)
+        start = 0
+        for name, weight in self.weights.items():
+            weight.grad = self.gradients[start : start + weight.numel()].view(weight.shape)
+            start += weight.numel()
+            if name in originals:
+                self._own[name].register_post_accumulate_grad_hook(self._collector(name))
+
+    def adopt(self, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Parameter groups of the model as groups of its masters."""
+        return [group | {"params": [self.weights[name] for name in group["names"]]} for group in groups]
+
+    def forget_gradients(self) -> None:
+        """Begins a step anew."""
+        self._touched.clear()
+        for name, parameter in self._own.items():
+            if name in self.copied:
+                parameter.grad = None
+            else:
+                self.weights[name].grad.zero_()  # type: ignore[union-attr]
+
+    def finish_gradients(self) -> None:
+        """Ends the backward passes of a step: what got no gradient in any of them has one of zeros."""
+        for name in self.copied:
+            if name not in self._touched:
+                self.weights[name].grad.zero_()  # type: ignore[union-attr]
+
+    @torch.no_grad()
+    def publish(self) -> None:
+        """Gives the model what the optimizer has changed."""
+        for name in self.copied:
+            self._own[name].copy_(self.weights[name])
+
+    def release(self) -> None:
+        """Lets go of the gradients; no step can be taken any more."""
+        for weight in self.weights.values():
+            weight.grad = None
+        del self.gradients
+
+    def saved(self) -> dict[str, torch.Tensor]:
+        """What training changes, on the CPU: these weights, and the buffers that are saved with a model."""
+        saved = self.model.state_dict().keys()
+        buffers = {name: buffer for name, buffer in self.model.named_buffers() if name in saved}
+        return {name: t.detach().cpu().contiguous() for name, t in [*self.weights.items(), *buffers.items()]}
+
+    @torch.no_grad()
+    def load(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Puts back what `saved` gave."""
+        known = {**self.weights, **dict(self.model.named_buffers())}
+        for name, value in tensors.items():
+            known[name].copy_(value)
+        self.publish()
+
+    @contextmanager
+    def in_full(self) -> Iterator[Any]:
+        """The model with all its weights in full precision, the frozen ones bit-identical to what they were."""
+        parameters = dict(self.model.named_parameters())
+        full = {name: self.weights[name].data for name in self.copied} | self.frozen
+        full |= {n: p.data.float() for n, p in parameters.items() if n in self._cast and n not in full}
+        computing = {name: parameters[name].data for name in full}
+        for name, tensor in full.items():
+            parameters[name].data = tensor.to(computing[name].device)
+        try:
+            yield self.model
+        finally:
+            for name, tensor in computing.items():
+                parameters[name].data = tensor
+
+    def _collector(self, name: str) -> Callable[[torch.Tensor], None]:
+        """Takes a parameter's gradient over as soon as it is whole, so that never all of them exist twice."""
+
+        def collect(parameter: torch.Tensor) -> None:
+            target, gradient = self.weights[name].grad, parameter.grad
+            assert gradient is not None, "a hook that runs after a gradient has accumulated"
+            assert target is not None, "masters keep their gradients"
+            if name in self._touched:
+                target.add_(gradient)
+            else:
+                target.copy_(gradient)
+                self._touched.add(name)
+            parameter.grad = None
+
+        return collect
+
+
+def _loses_bits(tensor: torch.Tensor) -> bool:
+    """True when bf16 does not hold these fp32 numbers exactly; weights that were saved in bf16 lose nothing."""
+    return tensor.is_meta or not torch.equal(tensor.to(torch.bfloat16).float(), tensor)
+
+
+class Average:
+    """An exponential moving average of the masters, in fp32 (Polyak and Juditsky, 1992).
+
+    After n steps it forgets with min(decay, (1 + n) / (10 + n)), so that the first steps do not weigh for ever.
+    """
+
+    def __init__(self, masters: Masters, decay: float) -> None:
+        self._masters, self._decay = masters, decay
+        self.tensors = {name: weight.detach().clone() for name, weight in masters.weights.items()}
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Takes in the weights after a 1-based step."""
+        keep = min(self._decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(
+            list(self.tensors.values()), [weight.data for weight in self._masters.weights.values()], 1 - keep
+        )
+
+    @torch.no_grad()
+    def load(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Puts back what was in `tensors`."""
+        for name, value in tensors.items():
+            self.tensors[name].copy_(value)
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """The model with the averages as its weights."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    def _swap(self) -> None:
+        for name, weight in self._masters.weights.items():
+            weight.data, self.tensors[name] = self.tensors[name], weight.data
+        self._masters.publish()

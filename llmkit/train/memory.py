@@ -1,0 +1,130 @@
+"""How much memory a training takes, by part: its own code runs on the meta device, where tensors have no storage.
+
+So the answer holds for any family of models and any size, and takes a second or two.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from llmkit.model.forward import fast_forward
+from llmkit.model.objective import Batch, Objective, to_device
+from llmkit.train.masters import Masters
+
+_META = torch.device("meta")
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes by part.
+
+    `weights` are those that the model computes with; `masters` fp32 copies of them; `activations` the most that a
+    micro-batch has at once, from its forward to its last gradient, the output layer's logits included. `flops` counts
+    the operations of that micro-batch's matrix products.
+    """
+
+    weights: int
+    masters: int
+    gradients: int
+    optimizer: int
+    activations: int
+    flops: int
+
+    @property
+    def fixed(self) -> int:
+        """What does not depend on the micro-batch."""
+        return self.weights + self.masters + self.gradients + self.optimizer
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.fixed + self.activations
+
+
+def predict_memory(
+    model: Any,
+    objective: Objective,
+    batch: Batch,
+    precision: str,
+    device: torch.device,
+    frozen_copies: bool,
+    build_optimizer: Callable[[Masters], Any],
+) -> Memory:
+    """The memory of training `model`, on the meta device and with its frozen parameters marked, on one micro-batch.
+
+    Consumes the model: its parameters are cast, as `precision` says. `device` is where it would be trained;
+    `frozen_copies` says that fp32 originals of frozen weights are kept there, because bf16 does not hold them exactly.
+    """
+    masters = Masters(model, precision)
+    copies = [weight for name, weight in masters.weights.items() if name in masters.copied]
+    optimizer = build_optimizer(masters)
+    optimizer.step()
+    state = [value for entry in optimizer.state.values() for value in entry.values()]
+    return Memory(
+        weights=_bytes(model.parameters()) + _bytes(model.buffers()),
+        masters=_bytes(copies) + (_bytes(masters.frozen.values()) if frozen_copies else 0),
+        gradients=_bytes([masters.gradients]),
+        optimizer=_bytes(value for value in state if isinstance(value, torch.Tensor)),
+        **_forward_and_backward(model, objective, batch, device),
+    )
+
+
+def _forward_and_backward(model: Any, objective: Objective, batch: Batch, device: torch.device) -> dict[str, int]:
+    """The most bytes that one micro-batch has at once, and its floating-point operations."""
+    shapes = to_device(batch, _META)
+    shapes |= {name: batch[name] for name in ("cu_seq_lens_q", "lengths") if name in batch}  # whose values are read
+    if "cu_seq_lens_q" not in batch:  # a mask is small, and its values would be read
+        shapes.pop("attention_mask", None)
+    model.train()
+    computing = fast_forward(model, packed=True, outline=True) if device.type == "cuda" else objective.computing()
+    with computing, _Counter() as counter:
+        objective.loss(model, shapes).backward()
+    return {"activations": counter.peak, "flops": counter.flops}
+
+
+class _Counter(TorchDispatchMode):
+    """Counts the bytes of all tensors that are made while it is entered, for as long as they live, and the operations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak = 0
+        self.flops = 0
+        self._now = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {_key(tensor) for tensor in tree_leaves((args, kwargs or {})) if isinstance(tensor, torch.Tensor)}
+        found = function(*args, **(kwargs or {}))
+        if (formula := flop_registry.get(getattr(function, "_overloadpacket", None))) is not None:
+            self.flops += formula(*args, **(kwargs or {}), out_val=found)
+        for tensor in tree_leaves(found):
+            if isinstance(tensor, torch.Tensor) and _key(tensor) not in given | self._known:
+                self._note(tensor.untyped_storage())
+        return found
+
+    def _note(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        self._known.add(key)
+        self._now += size
+        self.peak = max(self.peak, self._now)
+        weakref.finalize(storage, self._forget, key, size)
+
+    def _forget(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self._now -= size
+
+
+def _key(tensor: torch.Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
+
+
+def _bytes(tensors: Iterable[torch.Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
