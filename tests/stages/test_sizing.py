@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import BertConfig, GPT2Config, LlamaConfig
 
-from llmkit.model.attention import _whole_bias
+from llmkit.model.attention_kernels import _whole_bias
 from llmkit.model.loading import build_from_config, build_on_meta
 from llmkit.model.objective import Objective
 from llmkit.recipe.training import Training
