@@ -26,7 +26,7 @@ from llmkit.run.log import MetricsLog
 from llmkit.stages.base import relative_files
 from llmkit.stages.sizing import Outline, available_bytes, shape_computation, size_up
 from llmkit.tasks.base import Regularisation, Task
-from llmkit.train.allocator import keep_freed_memory
+from llmkit.train.allocator import give_back_freed_memory, keep_freed_memory
 from llmkit.train.hooks import Hook
 from llmkit.train.hooks.metrics_log import MetricsLogHook
 from llmkit.train.hooks.progress import ProgressHook
@@ -60,6 +60,7 @@ def train_and_save(job: TrainingJob) -> tuple[Artifact, Fit]:
         run.reporter.stage(job.stage, "resumed", f"going on after step {fit.state.step} of {fit.total_steps}")
     state = fit.run(_hooks(job, fit, accelerator))
     fit.release()
+    give_back_freed_memory()
     if accelerator.is_main_process:
         _save_model(job, fit)
     accelerator.wait_for_everyone()
