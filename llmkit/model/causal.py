@@ -30,8 +30,8 @@ class CausalModel:
     """A causal language model and what it can do.
 
     `packs` is True when examples may follow each other in one row, `shares` when they may have their common beginning
-    there only once; `logits` gives hidden states' logits, (S, D) to
-    (S, V), or is None when only the whole forward has them right. `why` says what stands against packing.
+    there only once; `logits` gives hidden states' logits, (S, D) to (S, V), or is None when only the whole forward has
+    them right. `why` says what stands against packing.
     """
 
     model: Any
@@ -72,11 +72,6 @@ def read_causal_model(model: Any) -> CausalModel:
     return CausalModel(model, why is None, logits, why, shares)
 
 
-def body_of(model: Any) -> Any:
-    """The model without its head."""
-    return model.base_model
-
-
 def _examples(model: Any) -> list[torch.Tensor]:
     words = model.get_input_embeddings().weight.shape[0]
     generator = torch.Generator().manual_seed(0)
@@ -87,7 +82,7 @@ def _plain_forward(model: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
     """All logits and hidden states of the examples, each alone: (S, V) and (S, D)."""
     examples = _examples(model)
     logits = torch.cat([model(input_ids=ids, use_cache=False).logits[0] for ids in examples])
-    body = body_of(model)
+    body = model.base_model
     if body is model:
         return logits, None
     outputs = [body(input_ids=ids, use_cache=False) for ids in examples]
@@ -154,7 +149,7 @@ def _shares(model: Any) -> bool:
     alone = [model(input_ids=torch.from_numpy(row[None]), use_cache=False).logits[0, len(beginning) :] for row in rows]
     try:
         packed = pack(rows, share=True)
-        return _alike(_packed_forward(model, packed)[packed.shared :], torch.cat(alone)[: len(packed.ids)])
+        return _alike(_packed_forward(model, packed)[packed.shared :], torch.cat(alone))
     except (RuntimeError, TypeError, ValueError, IndexError):
         return False
 

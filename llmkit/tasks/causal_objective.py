@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from llmkit.data.corpus import Example
-from llmkit.model.causal import CausalModel, body_of
+from llmkit.model.causal import CausalModel
 from llmkit.model.forward import fast_forward
 from llmkit.model.objective import Batch
 from llmkit.model.packing import pack
@@ -89,7 +89,7 @@ class CausalObjective:
         with embedding_noise(model, batch, alpha) if alpha else nullcontext():
             kept = batch["kept"]
             if self.causal.logits is not None:
-                states = body_of(model)(**inputs, use_cache=False).last_hidden_state  # (B, T, D)
+                states = model.base_model(**inputs, use_cache=False).last_hidden_state  # (B, T, D)
                 return states.flatten(0, 1)[kept], self.causal.logits, self.causal.head_weights
             if self.causal.packs and "logits_to_keep" in self.causal.arguments:
                 return model(**inputs, use_cache=False, logits_to_keep=kept).logits[0], _as_they_are, ()
