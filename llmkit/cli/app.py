@@ -151,6 +151,7 @@ def schema() -> None:
 
 def main() -> None:
     """The console script: runs a command and exits with its code."""
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # PyTorch's own switch: huge pages for large tensors on a CPU
     try:
         code: Any = app(standalone_mode=False)
     except typer.Abort:

@@ -1,7 +1,7 @@
 """Attention for training, plugged in through Transformers' AttentionInterface.
 
 Packed: the examples of a batch follow each other in one row, shape (1, T), and attention stays within each of them; no
-T x T mask exists. GPUs run FlashAttention or PyTorch's variable-length attention, other devices go example by example.
+T x T mask exists. GPUs run FlashAttention or PyTorch's variable-length attention; elsewhere short examples go together.
 Matrix products: on a CPU the backward of PyTorch's own attention is several times slower than the explicit products.
 
 Shapes: B rows, H heads, K key and value heads, G = H / K, L tokens of one example, D numbers a head.
@@ -11,17 +11,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
 import torch
 
 from llmkit.model.attention_kernels import (
     Outline,
-    causal_example,
+    attend_segments,
     explicit_attention,
     varlen_attention,
     varlen_options,
 )
+from llmkit.model.segments import Seen, groups
 
 PACKED, PRODUCTS, OUTLINE = "llmkit_packed", "llmkit_products", "llmkit_outline"
 
@@ -110,12 +112,17 @@ def packed_attention(
     half = query.dtype in (torch.bfloat16, torch.float16) and not shared_prefix
     if query.device.type == "cuda" and half and not dropout and not softcap and varlen_options() is not None:
         return varlen_attention(query, key, value, cu_seq_lens_q, max_length_q, scale, sliding_window), None
-    queries, keys, values = (t.split(cu_seq_lens_q.diff().tolist(), dim=2) for t in (query, key, value))
-    if shared_prefix:
-        keys, values = ([first, *(torch.cat([first, part], dim=2) for part in rest)] for first, *rest in (keys, values))
-    parts = zip(queries, keys, values, strict=True)
-    found = [causal_example(q, k, v, scale, dropout, sliding_window, softcap) for q, k, v in parts]
-    return torch.cat(found, dim=1), None
+    ends, found = cu_seq_lens_q.tolist(), []
+    lengths = tuple(end - begin for begin, end in pairwise(ends))
+    for first, last in groups(lengths):
+        part = slice(ends[first], ends[last])
+        q, k, v = (t[:, :, part] for t in (query, key, value))
+        before = shared_prefix if first else 0
+        if before:
+            k, v = (torch.cat([t[:, :, :before], own], dim=2) for t, own in ((key, k), (value, v)))
+        seen = Seen(lengths[first:last], before, bool(shared_prefix) and not first, sliding_window)
+        found.append(attend_segments(q, k, v, seen, scale, dropout, softcap))
+    return found[0] if len(found) == 1 else torch.cat(found, dim=1), None
 
 
 @torch.compiler.disable

@@ -6,6 +6,7 @@ Shapes: B rows, H heads, K key and value heads, L tokens of one example, D numbe
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
 from contextlib import nullcontext
 from functools import lru_cache
 from typing import Any
@@ -13,25 +14,21 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from llmkit.model.dropout import SignDropout
+from llmkit.model.segments import Seen
+
 _LONGEST_EXPLICIT = 1024  # tokens; the L x L probabilities of longer examples would take more memory than all else
+_SCORES_AT_ONCE = 2**21  # of some 2 MB, a processor core's cache
 
 
-def causal_example(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    scale: float,
-    dropout: float,
-    window: int | None,
-    softcap: float | None,
+def attend_segments(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seen: Seen, scale: float, dropout: float, softcap: float | None
 ) -> torch.Tensor:
-    """One example's attention: (1, H, L, D) to (1, L, H, D); the queries are those of the last L keys."""
-    length, width = q.shape[2], k.shape[2]
-    window = None if window is None or window >= width else window
-    explicit = softcap or width <= _LONGEST_EXPLICIT
+    """The attention of some packed segments: (1, H, L, D) to (1, L, H, D); the queries are those of the last L keys."""
+    explicit = softcap or k.shape[2] <= _LONGEST_EXPLICIT
     if not explicit and q.is_meta:
         return Outline.apply(q, k, v)
-    bias = causal_bias(width, window, q.dtype, q.device)[-length:] if explicit or window or length < width else None
+    bias = None if seen.plainly_causal and not explicit else seen.bias(q.dtype, q.device)
     if explicit:
         return explicit_attention(q, k, v, bias, scale, dropout, softcap)
     grouped = q.shape[1] != k.shape[1]
@@ -76,7 +73,10 @@ class Outline(torch.autograd.Function):
 
 
 class Products(torch.autograd.Function):
-    """softmax(scale q k' + bias) v, with the probabilities kept for the backward. Query heads share keys in groups."""
+    """softmax(scale q k' + bias) v, with the probabilities kept for the backward. Query heads share keys in groups.
+
+    A few rows at a time, so that what is not kept stays in the processor's cache.
+    """
 
     @staticmethod
     def forward(
@@ -84,56 +84,62 @@ class Products(torch.autograd.Function):
     ) -> Any:
         rows, heads, length, size = q.shape
         shared, width = k.shape[1], k.shape[2]
-        grouped = (rows * shared, heads // shared * length, size)
-        q, k = q.reshape(grouped), k.reshape(rows * shared, width, size)
-        v = v.reshape(rows * shared, width, v.shape[-1])
-        scores = torch.bmm(q, k.transpose(1, 2)).mul_(scale)
-        slope = None
-        if softcap:
-            tanh = scores.div_(softcap).tanh_()
-            slope = 1 - tanh.square()
-            scores = tanh * softcap
-        if bias is not None:
-            scores.view(rows, heads, length, width).add_(bias)
-        probabilities = torch.softmax(scores, dim=-1)
-        used, kept = (
-            torch.native_dropout(probabilities, dropout, train=True) if dropout else (probabilities, None)
-        )  # kept: which of them dropout left
-        ctx.save_for_backward(q, k, v, probabilities, kept, slope)
-        ctx.scale, ctx.dropout, ctx.shape = scale, dropout, (rows, heads, shared, length, width, size)
-        found = torch.bmm(used, v).view(rows, heads, length, v.shape[-1])
-        return found.transpose(1, 2).contiguous()
+        q = (q * scale).reshape(rows * shared, heads // shared * length, size)
+        k, v = (tensor.reshape(rows * shared, width, tensor.shape[-1]) for tensor in (k, v))
+        probabilities = q.new_empty(*q.shape[:2], width)
+        slopes = torch.empty_like(probabilities) if softcap else None
+        found = q.new_empty(*q.shape[:2], v.shape[-1])
+        dropping = SignDropout(dropout, q.dtype) if dropout else None
+        for some, part in _parts(rows, shared, heads // shared * length * width):
+            scores = torch.bmm(q[part], k[part].transpose(1, 2))
+            if softcap and slopes is not None:
+                tanh = scores.div_(softcap).tanh_()
+                torch.sub(1, tanh.square(), out=slopes[part])
+                scores = tanh.mul_(softcap)
+            if bias is not None:
+                own = bias if bias.ndim < 4 or len(bias) == 1 else bias[some]
+                scores.view(len(range(rows)[some]), -1, length, width).add_(own)
+            used = torch.softmax(scores, dim=-1, out=probabilities[part])
+            torch.bmm(dropping.drop(used) if dropping else used, v[part], out=found[part])
+        ctx.save_for_backward(q, k, v, probabilities, slopes)
+        ctx.scale, ctx.shape, ctx.factor = scale, (rows, heads, length, size), dropping.factor if dropping else None
+        found = found.view(rows, heads, length, -1).transpose(1, 2).contiguous()
+        return found.mul_(dropping.factor) if dropping else found
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
-        q, k, v, probabilities, kept, slope = ctx.saved_tensors
-        rows, heads, shared, length, width, size = ctx.shape
-        value_size = v.shape[-1]
-        out = gradients[0].transpose(1, 2).reshape(rows * shared, heads // shared * length, value_size)
-        used = probabilities if kept is None else probabilities * kept / (1 - ctx.dropout)
-        v_gradient = torch.bmm(used.transpose(1, 2), out)
-        inner = torch.bmm(out, v.transpose(1, 2))
-        if kept is not None:
-            inner = inner * kept / (1 - ctx.dropout)
-        scores = torch._softmax_backward_data(inner, probabilities, -1, probabilities.dtype)
-        scores = scores.mul_(ctx.scale) if slope is None else scores * slope * ctx.scale
-        q_gradient = torch.bmm(scores, k).view(rows, heads, length, size)
-        k_gradient = torch.bmm(scores.transpose(1, 2), q).view(rows, shared, width, size)
-        return q_gradient, k_gradient, v_gradient.view(rows, shared, width, value_size), None, None, None, None
+        q, k, v, probabilities, slopes = ctx.saved_tensors
+        rows, heads, length, size = ctx.shape
+        shared, width = len(k) // rows, k.shape[1]
+        out = gradients[0] if ctx.factor is None else gradients[0] * ctx.factor
+        out = out.transpose(1, 2).reshape(*q.shape[:2], v.shape[-1])
+        q_gradient, k_gradient, v_gradient = (torch.empty_like(tensor) for tensor in (q, k, v))
+        for _, part in _parts(rows, shared, heads // shared * length * width):
+            used = whole = probabilities[part]
+            inner = torch.bmm(out[part], v[part].transpose(1, 2))
+            if ctx.factor is not None:
+                used, whole, inner = SignDropout.undo(whole, inner)
+            torch.bmm(used.transpose(1, 2), out[part], out=v_gradient[part])
+            scores = torch._softmax_backward_data(inner, whole, -1, whole.dtype)
+            scores = scores if slopes is None else scores.mul_(slopes[part])
+            torch.bmm(scores, k[part], out=q_gradient[part])
+            torch.bmm(scores.transpose(1, 2), q[part], out=k_gradient[part])
+        q_gradient = q_gradient.mul_(ctx.scale).view(rows, heads, length, size)
+        k_gradient, v_gradient = (g.view(rows, shared, width, -1) for g in (k_gradient, v_gradient))
+        return q_gradient, k_gradient, v_gradient, None, None, None, None
 
 
-@lru_cache(maxsize=4)
-@torch.inference_mode(False)
-def _whole_bias(size: int, window: int | None, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """(size, size): 0 where a token may look, minus infinity at what comes after it and before its window."""
-    ahead = torch.ones(size, size, dtype=torch.bool, device=device).triu(1)
-    hidden = ahead if window is None else ahead | torch.ones_like(ahead).tril(-window)
-    return torch.zeros(size, size, dtype=dtype, device=device).masked_fill_(hidden, float("-inf"))
-
-
-def causal_bias(length: int, window: int | None, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    size = 1 << max(8, (length - 1).bit_length())
-    return _whole_bias(size, window, dtype, device)[:length, :length]
+def _parts(rows: int, shared: int, numbers: int) -> Iterator[tuple[slice, slice]]:
+    """Some of the rows, and of the rows times heads that share keys, which have so many scores each."""
+    if shared * numbers <= _SCORES_AT_ONCE:
+        some = _SCORES_AT_ONCE // (shared * numbers)
+        for first in range(0, rows, some):
+            yield slice(first, first + some), slice(first * shared, (first + some) * shared)
+    else:
+        some = max(1, _SCORES_AT_ONCE // numbers)
+        for row in range(rows):
+            for first in range(row * shared, (row + 1) * shared, some):
+                yield slice(row, row + 1), slice(first, min(first + some, (row + 1) * shared))
 
 
 @lru_cache(maxsize=1)

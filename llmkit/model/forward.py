@@ -6,15 +6,33 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from torch import nn
+
 from llmkit.model.attention import attention, attention_outline
-from llmkit.model.norms import fused_norms
+from llmkit.model.dropout import fast_dropout
+from llmkit.model.embedding import fast_embedding
+from llmkit.model.norms import fused_norm
+from llmkit.model.replacement import replaced_modules
 
 
 @contextmanager
 def fast_forward(model: Any, *, packed: bool, outline: bool = False) -> Iterator[None]:
-    """While entered, the model takes packed examples where `packed`, and computes attention and norms in few passes.
+    """While entered, the model takes packed examples where `packed`, and does the rest in few passes over memory.
 
     With `outline`, a model on the meta device takes the memory of a GPU's attention, for a forecast.
     """
-    with fused_norms(model), attention_outline(model) if outline else attention(model, packed=packed):
+    on_cpu = model.device.type in ("cpu", "meta") and not outline
+    choices = [
+        fused_norm,
+        *([fast_dropout] if on_cpu else []),
+        *([fast_embedding] if model.device.type == "cpu" else []),
+    ]
+
+    def choose(module: nn.Module) -> nn.Module | None:
+        return next((stand_in for choice in choices if (stand_in := choice(module)) is not None), None)
+
+    with (
+        replaced_modules(model, choose),
+        attention_outline(model) if outline else attention(model, packed=packed),
+    ):
         yield

@@ -5,8 +5,6 @@ Shapes: N tokens, D hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cache
 from typing import Any, cast
 
@@ -15,24 +13,12 @@ import torch.nn.functional as F
 from torch import nn
 
 
-@contextmanager
-def fused_norms(model: nn.Module) -> Iterator[int]:
-    """While entered, the model's RMS norms are replaced by a faster one with the same parameter; gives their number.
+def fused_norm(module: nn.Module) -> nn.Module | None:
+    """What an RMS norm is to be replaced by: a faster one with the same parameter.
 
     A norm is taken for one when its class says so and the replacement gives the same numbers.
     """
-    swapped = [
-        (model.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2], module)
-        for path, module in model.named_modules()
-        if _is_rms_norm(module)
-    ]
-    for parent, name, module in swapped:
-        setattr(parent, name, _replacement(module))
-    try:
-        yield len(swapped)
-    finally:
-        for parent, name, module in swapped:
-            setattr(parent, name, module)
+    return _replacement(module) if _is_rms_norm(module) else None
 
 
 def _replacement(module: Any) -> FusedRMSNorm:

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 _WORTH_SHARING = 8  # tokens
+_MOST_FILLING = 0.03  # of the tokens
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Pack:
 
     def inputs(self, device: torch.device | str = "cpu") -> dict[str, Any]:
         """What a model is given: ids, positions, and where segments begin and end, as Transformers names it."""
-        begins = [0, *([self.shared] * len(self.offsets) if self.shared else [0] * (len(self.lengths) - 1))]
+        begins = [0, *([self.shared] * (len(self.lengths) - 1))]
         segments = zip(begins, self.lengths, strict=True)
         positions = torch.cat([torch.arange(begin, begin + length, device=device) for begin, length in segments])[None]
         ends = torch.tensor([0, *accumulate(self.lengths)], dtype=torch.int32, device=device)
@@ -54,12 +55,19 @@ class Pack:
         return inputs | ({"shared_prefix": self.shared} if self.shared else {})
 
 
-def pack(rows: Sequence[np.ndarray], *, share: bool) -> Pack:
-    """Packs rows of token ids; with `share`, a beginning of 8 tokens or more that all have is put first, once."""
+def pack(rows: Sequence[np.ndarray], *, share: bool, multiple_of: int = 1) -> Pack:
+    """Packs rows of token ids; with `share`, a beginning of 8 tokens or more that all have is put first, once.
+
+    Where that takes few, a segment that belongs to none fills up to a multiple of so many tokens.
+    """
     shared = _common_beginning(rows) if share and len(rows) > 1 else 0
     shared = shared if shared >= _WORTH_SHARING else 0
     own = [row[shared:] for row in rows]
-    starts = list(accumulate([shared, *map(len, own)]))[: len(rows)]
+    starts = list(accumulate([shared, *map(len, own)]))
+    total = starts.pop()
+    filling = -total % multiple_of
+    if 0 < filling <= _MOST_FILLING * total:
+        own.append(np.zeros(filling, np.int64))
     return Pack(
         ids=np.concatenate([rows[0][:shared], *own]).astype(np.int64),
         lengths=[shared] * (shared > 0) + [len(row) for row in own],

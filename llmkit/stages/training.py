@@ -24,7 +24,7 @@ from llmkit.recipe.training import Training
 from llmkit.run.directory import Artifact, Run
 from llmkit.run.log import MetricsLog
 from llmkit.stages.base import relative_files
-from llmkit.stages.sizing import Outline, available_bytes, shape_computation, size_up
+from llmkit.stages.sizing import Outline, Sizing, available_bytes, shape_computation, size_up
 from llmkit.tasks.base import Regularisation, Task
 from llmkit.train.allocator import give_back_freed_memory, keep_freed_memory
 from llmkit.train.hooks import Hook
@@ -88,9 +88,9 @@ def make_fit(job: TrainingJob, accelerator: Any) -> Fit:
     precision, why = choose_precision(training.precision, device)
     if why:
         run.guess(f"{job.stage}.precision", precision, why)
-    micro_batch_tokens = _micro_batch_tokens(job, precision, accelerator)
+    sizing = _sizing(job, precision, accelerator)
     if device.type == "cpu":
-        keep_freed_memory()
+        keep_freed_memory(sizing.memory.total)
     else:
         torch.cuda.reset_peak_memory_stats()
     model = job.model.to(device)
@@ -120,7 +120,7 @@ def make_fit(job: TrainingJob, accelerator: Any) -> Fit:
         folder=run.folder(job.stage),
         fingerprint=run.stage(job.stage).get("fingerprint", ""),
         warn=run.reporter.warn,
-        state=TrainState(micro_batch_tokens=micro_batch_tokens),
+        state=TrainState(micro_batch_tokens=sizing.micro_batch_tokens),
     )
 
 
@@ -129,8 +129,8 @@ def regularisation_of(training: Training) -> Regularisation:
     return Regularisation(training.label_smoothing, training.neftune_alpha)
 
 
-def _micro_batch_tokens(job: TrainingJob, precision: str, accelerator: Any) -> int | None:
-    """How many tokens to compute at once; warns when even that is more than there is memory for."""
+def _sizing(job: TrainingJob, precision: str, accelerator: Any) -> Sizing:
+    """How many tokens to compute at once, and what they take; warns when that is more than there is memory for."""
     outline = Outline(
         config=job.model.config,
         auto_class=job.task.auto_class,
@@ -155,7 +155,7 @@ def _micro_batch_tokens(job: TrainingJob, precision: str, accelerator: Any) -> i
             f"{job.stage} may run out of memory: lower data.max_length, set {job.stage}.activation_checkpointing: true, "
             "or freeze more (`llmkit plan` shows what takes how much)"
         )
-    return sizing.micro_batch_tokens
+    return sizing
 
 
 def peak_memory_bytes() -> int:

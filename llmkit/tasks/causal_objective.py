@@ -50,7 +50,8 @@ class CausalObjective:
         supervised = [found[found > 0] for found in supervised]  # nothing stands before the first token to predict it
         rows = [row[: found[-1]] if len(found) else row[:1] for row, found in zip(whole, supervised, strict=True)]
         if self.causal.packs:
-            packed = pack(rows, share=self.causal.shares and not self.regularisation.neftune_alpha)
+            share = self.causal.shares and not self.regularisation.neftune_alpha
+            packed = pack(rows, share=share, multiple_of=32)
             batch: Batch = packed.inputs()
             kept = [packed.places(number, found - 1) for number, found in enumerate(supervised)]
         else:

@@ -72,9 +72,11 @@ class _Chunked(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *outer: Any) -> Any:
         """The gradients taken in the forward, times the loss's own; they are used up."""
-        scale = outer[0]
-        hidden = None if ctx.hidden_gradient is None else ctx.hidden_gradient.mul_(scale)
-        weights = [gradient.mul_(scale) for gradient in ctx.weight_gradients]
+        scale, hidden, weights = outer[0], ctx.hidden_gradient, ctx.weight_gradients
+        del ctx.hidden_gradient, ctx.weight_gradients
+        if scale.device.type != "cpu" or scale != 1:
+            hidden = None if hidden is None else hidden.mul_(scale)
+            weights = [gradient.mul_(scale) for gradient in weights]
         return hidden, None, None, None, None, *weights
 
 

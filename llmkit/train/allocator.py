@@ -1,20 +1,30 @@
-"""Memory that is freed and wanted again in the next step should not go back to the system in between."""
+"""Memory of the C library for training on a CPU: kept between the steps, and in huge pages."""
 
 from __future__ import annotations
 
 import ctypes
 import sys
 
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's malloc.h
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4  # of glibc's malloc.h
+_LARGE = (
+    2**24
+)  # bytes: such blocks come from the system and go back, else what is allocated between them splits the heap
+_MADV_HUGEPAGE = 14  # of Linux's mman.h
+_HUGE_PAGE = 2**21
 
 
-def keep_freed_memory() -> bool:
+def keep_freed_memory(reserve: int) -> bool:
     """Lets the C library keep freed memory for the tensors of the next step; False where it cannot be told.
 
     By default glibc returns every large block to the system at once, and each step then waits while the system fills
-    the same pages with zeros again. For training on a CPU; the most memory used at once stays what it is.
+    the same pages with zeros again. `reserve` bytes of its heap are asked for in pages of 2 MiB, which hold a model's
+    weights in few entries of the processor's tables. They are addresses: memory is taken when it is written to.
+    PyTorch asks for such pages for larger blocks itself when the environment has THP_MEM_ALLOC_ENABLE=1.
     """
-    return _set(mappings=0, trim_threshold=2**31 - 1)
+    if not _set(mappings=0, trim_threshold=-1):
+        return False
+    _ask_for_huge_pages(reserve)
+    return _set(mappings=65536, trim_threshold=-1, mapping_threshold=_LARGE)
 
 
 def give_back_freed_memory() -> None:
@@ -23,8 +33,24 @@ def give_back_freed_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def _set(*, mappings: int, trim_threshold: int) -> bool:
+def _set(*, mappings: int, trim_threshold: int, mapping_threshold: int = 128 * 1024) -> bool:
     if not sys.platform.startswith("linux"):
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    return mallopt is not None and bool(mallopt(_M_MMAP_MAX, mappings) and mallopt(_M_TRIM_THRESHOLD, trim_threshold))
+    options = {_M_MMAP_MAX: mappings, _M_TRIM_THRESHOLD: trim_threshold, _M_MMAP_THRESHOLD: mapping_threshold}
+    return mallopt is not None and all(mallopt(*option) for option in options.items())
+
+
+def _ask_for_huge_pages(size: int) -> None:
+    """Grows the heap by so many bytes, untouched, and frees them: what is allocated next comes from there."""
+    library = ctypes.CDLL(None)
+    library.malloc.argtypes, library.malloc.restype = [ctypes.c_size_t], ctypes.c_void_p
+    library.free.argtypes = [ctypes.c_void_p]
+    library.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    block = library.malloc(size)
+    if block is None:
+        return
+    start = -(-block // _HUGE_PAGE) * _HUGE_PAGE
+    if (length := (block + size - start) // _HUGE_PAGE * _HUGE_PAGE) > 0:
+        library.madvise(start, length, _MADV_HUGEPAGE)  # where the system has none, nothing is lost
+    library.free(block)

@@ -101,12 +101,12 @@ class _Counter(TorchDispatchMode):
         self._known: set[int] = set()
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = {_key(tensor) for tensor in tree_leaves((args, kwargs or {})) if isinstance(tensor, torch.Tensor)}
+        given = set(map(_key, _tensors((args, kwargs or {}))))
         found = function(*args, **(kwargs or {}))
         if (formula := flop_registry.get(getattr(function, "_overloadpacket", None))) is not None:
             self.flops += formula(*args, **(kwargs or {}), out_val=found)
-        for tensor in tree_leaves(found):
-            if isinstance(tensor, torch.Tensor) and _key(tensor) not in given | self._known:
+        for tensor in _tensors(found):
+            if _key(tensor) not in given | self._known:
                 self._note(tensor.untyped_storage())
         return found
 
@@ -120,6 +120,11 @@ class _Counter(TorchDispatchMode):
     def _forget(self, key: int, size: int) -> None:
         self._known.discard(key)
         self._now -= size
+
+
+def _tensors(tree: Any) -> list[torch.Tensor]:
+    """Those with storage of their own: the values of a sparse one were counted when they were made."""
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor) and not leaf.is_sparse]
 
 
 def _key(tensor: torch.Tensor) -> int:

@@ -77,7 +77,7 @@ class Stepper:
             _restore_random_state(random, self.accelerator.device)
         assert loss is not None, "a process that ran out of memory begins the step again"
         mean = self._sum_in_place(loss).item() / max(supervised, 1)
-        grad_norm = self._update(mean, rates)
+        grad_norm = self._update(mean, max(supervised, 1), rates)
         return StepResult(mean, grad_norm, tokens, computed, supervised, stops > 0, micro_batch_tokens)
 
     def _backward(self, batches: list[Batch], supervised: int, *, weigh: bool) -> tuple[torch.Tensor | None, int]:
@@ -92,13 +92,13 @@ class Stepper:
             try:
                 with autocast(device, self.precision):
                     loss = self.objective.loss(self.model, to_device(batch, device))
-                scaled = loss * (weigh / max(supervised, 1))
-                (self.scaler.scale(scaled) if self.scaler else scaled).backward()
+                weighed = loss if weigh else loss * 0
+                (self.scaler.scale(weighed / max(supervised, 1)) if self.scaler else weighed).backward()
                 total += loss.detach() * weigh
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
-                return None, max(sizes(batch)) // 2 if examples_in(batch) > 1 else 0
+                return None, sizes(batch)[0] // 2 if examples_in(batch) > 1 else 0
         self.masters.finish_gradients()
         return total, _EVERYTHING
 
@@ -118,12 +118,16 @@ class Stepper:
         )
         return tokens
 
-    def _update(self, loss: float, rates: Sequence[float]) -> float | None:
-        """Clips, checks, and lets the optimizer work; gives the norm of the gradient, None when fp16 overflowed."""
+    def _update(self, loss: float, supervised: int, rates: Sequence[float]) -> float | None:
+        """Clips, checks, and lets the optimizer work; gives the norm of the gradient, None when fp16 overflowed.
+
+        Until now the gradients are those of the summed loss.
+        """
         self._sum_in_place(self.masters.gradients)
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
-        grad_norm = torch.linalg.vector_norm(self.masters.gradients).item()
+        divisor = supervised if self.scaler is None else 1  # fp16 has no room for the gradients of a sum
+        grad_norm = self.masters.gradient_norm() / divisor
         overflowed = not math.isfinite(grad_norm) and self.scaler is not None and self.scaler.get_scale() > 1
         if not (math.isfinite(loss) and (math.isfinite(grad_norm) or overflowed)):
             raise DivergedError(
@@ -131,8 +135,8 @@ class Stepper:
                 got=f"loss {loss:.4g}, gradient norm {grad_norm:.4g}",
                 hint="lower the learning rate, use precision: fp32, or look at the data of this step",
             )
-        if self.max_grad_norm is not None and grad_norm > self.max_grad_norm:
-            self.masters.gradients.mul_(self.max_grad_norm / grad_norm)
+        excess = grad_norm / self.max_grad_norm if self.max_grad_norm is not None else 0.0
+        self._divide_gradients(divisor * max(excess, 1.0))
         for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
         if self.scaler is None:
@@ -142,6 +146,14 @@ class Stepper:
             self.scaler.update()
         self.masters.publish()
         return None if overflowed else grad_norm
+
+    def _divide_gradients(self, divisor: float) -> None:
+        """Leaves it to the optimizer where that can do it on the way, as `torch.amp.GradScaler` asks it to."""
+        if self.scaler is None and getattr(self.optimizer, "_step_supports_amp_scaling", False):
+            scale = torch.tensor(divisor, device=self.masters.gradients.device)
+            self.optimizer.grad_scale = scale  # type: ignore[attr-defined]
+        elif divisor != 1:
+            self.masters.gradients.div_(divisor)
 
     def _sum_in_place(self, tensor: torch.Tensor) -> torch.Tensor:
         if self.accelerator.num_processes > 1:

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig, MT5Config
 
 from llmkit.model.attention import PACKED, PRODUCTS, attention, packed_attention, products_attention
-from llmkit.model.attention_kernels import Products, causal_bias
+from llmkit.model.attention_kernels import Products
+from llmkit.model.segments import Seen
 
 MODULE = torch.nn.Module()
 GROUPED = torch.nn.Module()
@@ -55,7 +56,7 @@ def same(one: list[torch.Tensor], other: list[torch.Tensor], tolerance: float = 
 @pytest.mark.parametrize(("heads", "shared"), [(4, 4), (4, 2), (6, 1)])
 def test_products_equal_the_plain_formula(heads: int, shared: int, window: int | None, softcap: float | None) -> None:
     tensors = inputs(heads=heads, shared=shared)
-    bias = causal_bias(7, window, torch.float32, torch.device("cpu"))
+    bias = Seen((7,), window=window).bias(torch.float32, torch.device("cpu"))
     found = with_gradients(lambda q, k, v: Products.apply(q, k, v, bias, 0.3, 0.0, softcap), tensors)
     same(found, with_gradients(lambda q, k, v: reference(q, k, v, bias, 0.3, softcap), tensors))
 
@@ -63,7 +64,7 @@ def test_products_equal_the_plain_formula(heads: int, shared: int, window: int |
 @pytest.mark.parametrize("window", [None, 3])
 def test_products_equal_pytorchs_attention(window: int | None) -> None:
     tensors = inputs()
-    bias = causal_bias(7, window, torch.float32, torch.device("cpu"))
+    bias = Seen((7,), window=window).bias(torch.float32, torch.device("cpu"))
 
     def own(q: Any, k: Any, v: Any) -> torch.Tensor:
         options: dict[str, Any] = {"is_causal": True} if window is None else {"attn_mask": bias}
@@ -86,14 +87,14 @@ def test_an_additive_mask_of_padded_rows() -> None:
 @pytest.mark.parametrize("softcap", [None, 0.8])
 def test_the_gradients_are_those_of_small_differences(softcap: float | None) -> None:
     tensors = inputs(rows=1, length=4, size=3, dtype=torch.float64)
-    bias = causal_bias(4, None, torch.float64, torch.device("cpu"))
+    bias = Seen((4,), window=None).bias(torch.float64, torch.device("cpu"))
     assert torch.autograd.gradcheck(lambda *t: Products.apply(*t, bias, 0.5, 0.0, softcap), tensors)
 
 
 @pytest.mark.parametrize("softcap", [None, 0.8])
 def test_dropout_has_the_same_mask_in_both_directions(softcap: float | None) -> None:
     tensors = inputs(rows=1, length=4, size=3, dtype=torch.float64)
-    bias = causal_bias(4, None, torch.float64, torch.device("cpu"))
+    bias = Seen((4,), window=None).bias(torch.float64, torch.device("cpu"))
 
     def seeded(*t: torch.Tensor) -> torch.Tensor:
         torch.manual_seed(3)
@@ -105,7 +106,7 @@ def test_dropout_has_the_same_mask_in_both_directions(softcap: float | None) -> 
 
 def test_dropout_keeps_the_expectation() -> None:
     q, k, v = (t.detach() for t in inputs(rows=1, length=5))
-    bias = causal_bias(5, None, torch.float32, torch.device("cpu"))
+    bias = Seen((5,), window=None).bias(torch.float32, torch.device("cpu"))
     drawn = torch.stack([Products.apply(q, k, v, bias, 0.3, 0.3, None) for _ in range(4000)])
     torch.testing.assert_close(drawn.mean(0), reference(q, k, v, bias, 0.3), atol=0.06, rtol=0)
 
@@ -150,7 +151,7 @@ def test_packed_examples_attend_as_if_alone(lengths: list[int], window: int | No
 def test_the_scale_is_the_root_of_the_size_when_none_is_given() -> None:
     tensors = inputs(rows=1)
     same([packed(tensors, [3, 4])], [packed(tensors, [3, 4], scaling=8**-0.5)])
-    bias = causal_bias(7, None, torch.float32, torch.device("cpu"))
+    bias = Seen((7,), window=None).bias(torch.float32, torch.device("cpu"))
     explicit = products_attention(MODULE, *tensors, bias, scaling=8**-0.5)[0]
     same([products_attention(MODULE, *tensors, bias)[0]], [explicit])
 
@@ -205,7 +206,7 @@ def test_the_models_own_attention_comes_back() -> None:
 
 def test_a_mask_that_was_made_in_inference_can_be_trained_with() -> None:
     with torch.inference_mode():
-        causal_bias(300, 5, torch.float32, torch.device("cpu"))
+        Seen((300,), window=5).bias(torch.float32, torch.device("cpu"))
     tensors = inputs(rows=1, length=300)
     with_gradients(lambda *t: packed(t, [300], sliding_window=5), tensors)
 
@@ -213,7 +214,7 @@ def test_a_mask_that_was_made_in_inference_can_be_trained_with() -> None:
 def test_under_autocast_both_directions_work() -> None:
     """fp16 training computes so: queries and keys come out of the rotary embedding in fp32, values in fp16."""
     q, k, v = (t.detach() for t in inputs())
-    bias = causal_bias(7, None, torch.float32, torch.device("cpu"))
+    bias = Seen((7,), window=None).bias(torch.float32, torch.device("cpu"))
     tensors = (q.requires_grad_(), k.requires_grad_(), v.half().requires_grad_())
     with torch.autocast("cpu", torch.float16):
         out = products_attention(MODULE, *tensors, bias, scaling=0.3)[0]
@@ -235,7 +236,7 @@ def test_without_a_mask_it_is_causal_where_the_model_says_so(is_causal: bool) ->
     found = with_gradients(
         lambda *t: products_attention(GROUPED, *t, None, scaling=0.3, is_causal=is_causal)[0], tensors
     )
-    bias = causal_bias(7, None, torch.float32, torch.device("cpu")) if is_causal else None
+    bias = Seen((7,), window=None).bias(torch.float32, torch.device("cpu")) if is_causal else None
     same(found, with_gradients(lambda *t: reference(*t, bias, 0.3), tensors))
 
 

@@ -10,7 +10,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from llmkit.model.norms import FusedRMSNorm, fused_norms
+from llmkit.model.norms import FusedRMSNorm, fused_norm
+from llmkit.model.replacement import replaced_modules
 
 SHAPE = {
     "vocab_size": 31,
@@ -88,15 +89,15 @@ def test_norms_are_replaced_where_they_are_the_same_and_come_back(family: str, c
     ids = torch.randint(31, (2, 9))
     before, classes = model(ids).logits, [type(m) for m in model.modules()]
     names = list(model.state_dict())
-    with fused_norms(model) as replaced:
+    with replaced_modules(model, fused_norm) as replaced:
         assert replaced == count
         torch.testing.assert_close(model(ids).logits, before, atol=1e-5, rtol=1e-5)
         assert list(model.state_dict()) == names
-        with fused_norms(model) as again:
+        with replaced_modules(model, fused_norm) as again:
             assert again == 0
     assert [type(m) for m in model.modules()] == classes
     assert torch.equal(model(ids).logits, before)
-    with pytest.raises(KeyError), fused_norms(model):
+    with pytest.raises(KeyError), replaced_modules(model, fused_norm):
         raise KeyError
     assert [type(m) for m in model.modules()] == classes
 
@@ -107,5 +108,5 @@ def test_a_norm_that_adds_one_to_its_gain_is_another() -> None:
             return super().forward(hidden) * 2
 
     holder = torch.nn.ModuleList([OddRMSNorm(8), GemmaRMSNorm(8), torch.nn.LayerNorm(8)])
-    with fused_norms(holder) as replaced:
+    with replaced_modules(holder, fused_norm) as replaced:
         assert replaced == 0

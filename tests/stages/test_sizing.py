@@ -9,9 +9,9 @@ import pytest
 import torch
 from transformers import BertConfig, GPT2Config, LlamaConfig
 
-from llmkit.model.attention_kernels import _whole_bias
 from llmkit.model.loading import build_from_config, build_on_meta
 from llmkit.model.objective import Objective
+from llmkit.model.segments import _kept_bias
 from llmkit.recipe.training import Training
 from llmkit.stages.sizing import Outline, size_up
 from llmkit.tasks.base import Regularisation
@@ -95,7 +95,7 @@ def test_frozen_parameters_have_no_gradient_and_no_state() -> None:
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_activations_are_those_of_a_real_forward_and_backward(precision: str) -> None:
     """Held against the same count over the same code with real numbers, each with a causal mask of its own."""
-    _whole_bias.cache_clear()
+    _kept_bias.cache_clear()
     outline = outline_of(llama(), [30, 50, 20, 44], precision=precision)
     foretold = size_up(outline, PLENTY).memory.activations
     model = build_from_config(llama(), "AutoModelForCausalLM", 1)
@@ -103,7 +103,7 @@ def test_activations_are_those_of_a_real_forward_and_backward(precision: str) ->
     Masters(model, precision)
     batch = objective.collate(list(outline.examples))
     model.train()
-    _whole_bias.cache_clear()
+    _kept_bias.cache_clear()
     with objective.computing(), _Counter() as counter:
         objective.loss(model, batch).backward()
     assert foretold == pytest.approx(counter.peak, rel=0.1)

@@ -181,6 +181,7 @@ def gradients(
     with fit.objective.computing():
         loss, _ = fit.stepper._backward(batches, supervised, weigh=True)
     assert loss is not None, "memory ran out"
+    fit.masters.gradients.div_(supervised)
     found = {name: weight.grad.clone() for name, weight in fit.masters.weights.items()}  # type: ignore[union-attr]
     return loss.item() / supervised, found, len(batches)
 

@@ -70,12 +70,13 @@ def test_gradients_of_micro_batches_add_up_in_fp32(tmp_path: Path, corpus: Corpu
     with objective.computing():
         for number in NUMBERS:
             plain.zero_grad()
-            (objective.loss(plain, objective.collate([corpus[number]])) * (1 / sum(supervised))).backward()
+            objective.loss(plain, objective.collate([corpus[number]])).backward()
             for name, parameter in plain.named_parameters():
                 assert parameter.grad is not None
-                total[name] += parameter.grad.float()
+                total[name] += parameter.grad.to_dense().float() / sum(supervised)
     for name, expected in total.items():
-        torch.testing.assert_close(together[name], expected, atol=1e-7, rtol=1e-6)
+        tied = "embed" in name  # its two parts are added in bf16 here, and in fp32 there
+        torch.testing.assert_close(together[name], expected, atol=1e-3 if tied else 1e-7, rtol=1e-6)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
