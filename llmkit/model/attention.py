@@ -25,6 +25,7 @@ from llmkit.model.attention_kernels import (
 )
 from llmkit.model.segments import Seen, groups
 
+_MULTIPLE = 32  # tokens: kernels are made for a length, and lengths that are alike use them again
 PACKED, PRODUCTS, OUTLINE = "llmkit_packed", "llmkit_products", "llmkit_outline"
 
 
@@ -115,13 +116,15 @@ def packed_attention(
     ends, found = cu_seq_lens_q.tolist(), []
     lengths = tuple(end - begin for begin, end in pairwise(ends))
     for first, last in groups(lengths):
-        part = slice(ends[first], ends[last])
+        more = min(-(ends[last] - ends[first]) % _MULTIPLE, ends[-1] - ends[last])  # of what follows, to no effect
+        part = slice(ends[first], ends[last] + more)
         q, k, v = (t[:, :, part] for t in (query, key, value))
         before = shared_prefix if first else 0
         if before:
             k, v = (torch.cat([t[:, :, :before], own], dim=2) for t, own in ((key, k), (value, v)))
-        seen = Seen(lengths[first:last], before, bool(shared_prefix) and not first, sliding_window)
-        found.append(attend_segments(q, k, v, seen, scale, dropout, softcap))
+        together = lengths[first:last] + ((more,) if more else ())
+        seen = Seen(together, before, bool(shared_prefix) and not first, sliding_window)
+        found.append(attend_segments(q, k, v, seen, scale, dropout, softcap)[:, : ends[last] - ends[first]])
     return found[0] if len(found) == 1 else torch.cat(found, dim=1), None
 
 

@@ -51,7 +51,7 @@ class CausalObjective:
         rows = [row[: found[-1]] if len(found) else row[:1] for row, found in zip(whole, supervised, strict=True)]
         if self.causal.packs:
             share = self.causal.shares and not self.regularisation.neftune_alpha
-            packed = pack(rows, share=share, multiple_of=32)
+            packed = pack(rows, share=share, fill=True)
             batch: Batch = packed.inputs()
             kept = [packed.places(number, found - 1) for number, found in enumerate(supervised)]
         else:

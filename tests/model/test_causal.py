@@ -287,3 +287,14 @@ def test_where_packed_examples_end() -> None:
     assert found["cu_seq_lens_q"].tolist() == found["cu_seq_lens_k"].tolist() == [0, 3, 4, 6]
     assert found["cu_seq_lens_q"].dtype == torch.int32
     assert (found["max_length_q"], found["max_length_k"]) == (3, 3)
+
+
+@pytest.mark.parametrize(("lengths", "whole"), [([5, 9], 14), ([131, 133], 264), ([200, 80], 280), ([485], 488)])
+def test_few_tokens_fill_up_to_a_round_length(lengths: list[int], whole: int) -> None:
+    """At most 3 % of all, in a segment of their own that belongs to no example."""
+    rows = [np.arange(1, length + 1) for length in lengths]
+    found = pack(rows, share=False, fill=True)
+    assert (sum(found.lengths), len(found.ids)) == (whole, whole)
+    assert found.lengths[: len(rows)] == lengths
+    assert found.inputs()["position_ids"][0, sum(lengths) :].tolist() == list(range(whole - sum(lengths)))
+    assert len(found.offsets) == len(rows)
