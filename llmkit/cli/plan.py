@@ -20,6 +20,7 @@ _PARTS = {
     "gradients": "gradients",
     "optimizer": "optimizer state",
     "activations": "activations and logits",
+    "kernels": "kernels for each shape",
     "program": "the program itself",
 }
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -81,6 +81,9 @@ def plan_stages(recipe: Recipe, run: Run, *, measure: bool) -> list[StagePlan]:
     Preprocesses the data first, where there are any, which is kept for the run itself. With `measure`, a few steps are
     taken, and nothing of them is kept. Raises RecipeError when something is to be measured without data.
     """
+    import accelerate  # noqa: F401  what training imports is part of the program
+    import transformers.modeling_utils  # noqa: F401
+
     stages = [stage for stage in ("pretrain", "finetune") if stage in recipe.plan] or ["finetune"]
     program = peak_memory_bytes() if not torch.cuda.is_available() else 0
     if _has_data(recipe):
@@ -103,8 +106,7 @@ def _plan(recipe: Recipe, run: Run, stage: str, program: int, *, measure: bool) 
     sizing = size_up(outline, available)
     memory = sizing.memory
     model = outline.model()
-    parts = {name: value for name, value in asdict(memory).items() if name != "flops"}
-    parts |= {"program": program} if program else {}
+    parts = memory.parts | ({"program": program} if program else {})
     plan = StagePlan(
         stage=stage,
         data="the corpus" if corpus is not None else "no data: one epoch of one batch, as long as may be",

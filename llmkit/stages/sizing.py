@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from heapq import nlargest
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,8 @@ from llmkit.train.micro_batches import cut
 
 _MOST_ON_CPU = 2048  # tokens at once; more are not faster there
 _STEPS_LOOKED_AT = 4000
+_MOST_KERNELS = 1024  # that oneDNN keeps
+_KERNEL_BYTES = 1_400_000  # seen on the shipped recipes, with what the heap loses around them
 _SHARE_OF_MEMORY = 0.9  # the rest is for what is not foreseen: fragments, libraries' workspaces
 
 
@@ -81,15 +83,13 @@ def size_up(outline: Outline, available: int) -> Sizing:
     limit = training.micro_batch_tokens
     most = limit if limit != "auto" else (_MOST_ON_CPU if outline.device.type == "cpu" else None)
     parts = _parts(order, steps, outline, objective, most)
-    part = _fullest(parts, outline, objective)
-    memory = _memory(outline, model, objective, part)
+    part, memory = _fullest_and_its_memory(outline, model, objective, parts)
     while limit == "auto" and memory.total > available and len(part) > 1:
         most = max(1, int(_tokens(part, order.lengths, objective) * _share_that_fits(memory, available)))
         model = outline.model()
         objective = outline.objective(model)
         parts = _parts(order, steps, outline, objective, most)
-        part = _fullest(parts, outline, objective)
-        memory = _memory(outline, model, objective, part)
+        part, memory = _fullest_and_its_memory(outline, model, objective, parts)
     looked_at = max(1.0, steps / _STEPS_LOOKED_AT)
     tokens = sum(int(order.lengths[part].sum()) for part in parts) * looked_at
     padded = sum(_tokens(part, order.lengths, objective) for part in parts) * looked_at
@@ -135,9 +135,26 @@ def _memory(outline: Outline, model: Any, objective: Objective, part: list[int])
     return predict_memory(model, objective, batch, outline.precision, outline.device, copies, optimizer)
 
 
+def _fullest_and_its_memory(
+    outline: Outline, model: Any, objective: Objective, parts: list[list[int]]
+) -> tuple[list[int], Memory]:
+    """The micro-batch that computes most, and what training takes with it; consumes the model."""
+    part = _fullest(parts, outline, objective)
+    memory = _memory(outline, model, objective, part)
+    return part, replace(memory, kernels=_kernels(memory.products, parts, outline, objective))
+
+
+def _kernels(products: int, parts: list[list[int]], outline: Outline, objective: Objective) -> int:
+    """The bytes of what oneDNN makes and keeps for bf16 products, one for each shape."""
+    if outline.device.type != "cpu" or outline.precision != "bf16":
+        return 0
+    lengths = {(len(part) * objective.padded, _tokens(part, outline.lengths, objective) // 8) for part in parts}
+    return min(_MOST_KERNELS, products * len(lengths)) * _KERNEL_BYTES
+
+
 def _share_that_fits(memory: Memory, available: int) -> float:
     """How much smaller a micro-batch has to be; never so small that a wrong forecast would do harm."""
-    return max(0.05, 0.95 * (available - memory.fixed) / memory.activations)
+    return max(0.05, 0.95 * (available - memory.fixed - memory.kernels) / memory.activations)
 
 
 def _parts(order: BatchOrder, steps: int, outline: Outline, objective: Objective, most: int | None) -> list[list[int]]:

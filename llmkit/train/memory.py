@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -27,8 +27,9 @@ class Memory:
     """Bytes by part.
 
     `weights` are those that the model computes with; `masters` fp32 copies of them; `activations` the most that a
-    micro-batch has at once, from its forward to its last gradient, the output layer's logits included. `flops` counts
-    the operations of that micro-batch's matrix products.
+    micro-batch has at once, from its forward to its last gradient, the output layer's logits included; `kernels` the
+    code that a library makes for each shape of a product. `flops` counts the operations of that micro-batch's matrix
+    products, `products` their different shapes.
     """
 
     weights: int
@@ -37,6 +38,8 @@ class Memory:
     optimizer: int
     activations: int
     flops: int
+    products: int
+    kernels: int = 0
 
     @property
     def fixed(self) -> int:
@@ -46,7 +49,12 @@ class Memory:
     @property
     def total(self) -> int:
         """All of it."""
-        return self.fixed + self.activations
+        return self.fixed + self.activations + self.kernels
+
+    @property
+    def parts(self) -> dict[str, int]:
+        """What `total` is made of."""
+        return {name: value for name, value in asdict(self).items() if name not in ("flops", "products")}
 
 
 def predict_memory(
@@ -87,7 +95,7 @@ def _forward_and_backward(model: Any, objective: Objective, batch: Batch, device
     computing = fast_forward(model, packed=True, outline=True) if device.type == "cuda" else objective.computing()
     with computing, _Counter() as counter:
         objective.loss(model, shapes).backward()
-    return {"activations": counter.peak, "flops": counter.flops}
+    return {"activations": counter.peak, "flops": counter.flops, "products": len(counter.products)}
 
 
 class _Counter(TorchDispatchMode):
@@ -97,6 +105,7 @@ class _Counter(TorchDispatchMode):
         super().__init__()
         self.peak = 0
         self.flops = 0
+        self.products: set[tuple[Any, ...]] = set()
         self._now = 0
         self._known: set[int] = set()
 
@@ -105,6 +114,7 @@ class _Counter(TorchDispatchMode):
         found = function(*args, **(kwargs or {}))
         if (formula := flop_registry.get(getattr(function, "_overloadpacket", None))) is not None:
             self.flops += formula(*args, **(kwargs or {}), out_val=found)
+            self.products.add((function, *(tensor.shape for tensor in _tensors(args))))
         for tensor in _tensors(found):
             if _key(tensor) not in given | self._known:
                 self._note(tensor.untyped_storage())

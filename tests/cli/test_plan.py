@@ -43,7 +43,7 @@ def test_a_plan_of_a_chat_training(cli: Cli, tiny_llama: Path, rows: Path, tmp_p
     assert plan["padding_share"] == 0
     assert plan["frozen_parameters"] > 0
     parts = plan["memory_bytes"]
-    assert set(parts) == {"weights", "masters", "gradients", "optimizer", "activations", "program"}
+    assert set(parts) == {"weights", "masters", "gradients", "optimizer", "activations", "kernels", "program"}
     assert sum(parts.values()) == plan["peak_memory_bytes"]
     assert parts["gradients"] == 4 * plan["trainable_parameters"]
     assert not (tmp_path / "run" / "finetune").exists(), "nothing was trained"

@@ -128,7 +128,7 @@ def test_micro_batches_are_sized_to_what_there_is() -> None:
     config, lengths = llama(num_hidden_layers=6), [40] * 64
     whole = size_up(outline_of(config, lengths, batch_size=32), PLENTY)
     assert whole.largest == 32 * 40
-    tight = whole.memory.fixed + whole.memory.activations // 4
+    tight = whole.memory.fixed + whole.memory.kernels + whole.memory.activations // 4
     sized = size_up(outline_of(config, lengths, batch_size=32), tight)
     assert sized.memory.total <= tight
     assert 0 < sized.largest <= 32 * 40 // 4 + 40
@@ -171,3 +171,14 @@ def test_a_gpu_keeps_no_square_of_the_length() -> None:
 def test_the_objective_protocol_is_met() -> None:
     objective: Objective = CausalTask.objective_of(build_on_meta(llama(), "AutoModelForCausalLM"), 0, Regularisation())
     assert objective.padded is False
+
+
+def test_kernels_are_counted_where_they_are_made() -> None:
+    """oneDNN makes one for each shape of a bf16 product on a CPU, and keeps a thousand; else there is none."""
+    config = llama()
+    alike = parts(config, [40] * 16, precision="bf16", batch_size=4)
+    varied = parts(config, list(range(8, 136, 8)), precision="bf16", batch_size=1)
+    assert 0 < alike.kernels < varied.kernels <= 2**30
+    assert alike.total == alike.fixed + alike.activations + alike.kernels == sum(alike.parts.values())
+    assert parts(config, [40] * 16, precision="fp32").kernels == 0
+    assert parts(config, [40] * 16, precision="bf16", device=torch.device("cuda")).kernels == 0
