@@ -22,7 +22,8 @@ _MOST_FILLING = 0.03  # of the tokens
 class Pack:
     """Rows of token ids as one; `shared` tokens at its beginning belong to all of them.
 
-    `lengths` are those of the segments: the shared beginning, where there is one, and what is each example's own.
+    `lengths` are those of the segments: the shared beginning, where there is one, what is each example's own, and tokens
+    that fill up, where there are any.
     """
 
     ids: np.ndarray  # (T,)

@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
+import numpy as np
 import torch
 
 from llmkit.data.corpus import Column, Corpus, Example
@@ -119,6 +120,16 @@ class Task(Protocol):
 
     def evaluate(self, model: Any, corpus: Corpus, scoring: Scoring) -> Scores:
         """The model's scores on a corpus of this task."""
+
+
+def padded_rows(rows: Sequence[Any], pad_id: int, *, left: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of token ids, and an attention mask, both (B, T), padded on the right or on the left."""
+    width = max(map(len, rows))
+    ids, mask = np.full((len(rows), width), pad_id, np.int64), np.zeros((len(rows), width), np.int64)
+    for number, row in enumerate(rows):
+        place = slice(width - len(row), None) if left else slice(len(row))
+        ids[number, place], mask[number, place] = row, 1
+    return ids, mask
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from llmkit.model.causal import CausalModel
 from llmkit.model.forward import fast_forward
 from llmkit.model.objective import Batch
 from llmkit.model.packing import pack
-from llmkit.tasks.base import Regularisation, embedding_noise
+from llmkit.tasks.base import Regularisation, embedding_noise, padded_rows
 from llmkit.tasks.cross_entropy import loss_and_hits, summed_cross_entropy
 
 
@@ -55,9 +55,7 @@ class CausalObjective:
             batch: Batch = packed.inputs()
             kept = [packed.places(number, found - 1) for number, found in enumerate(supervised)]
         else:
-            ids = np.full((len(rows), max(map(len, rows))), self.pad_id, np.int64)
-            for number, row in enumerate(rows):
-                ids[number, : len(row)] = row
+            ids, _ = padded_rows(rows, self.pad_id)
             batch = {"input_ids": torch.from_numpy(ids)}
             kept = [number * ids.shape[1] + found - 1 for number, found in enumerate(supervised)]
         batch["lengths"] = torch.tensor([len(row) for row in whole])
@@ -99,11 +97,7 @@ class CausalObjective:
 
 def left_padded(rows: Sequence[np.ndarray], pad_id: int) -> Batch:
     """`input_ids`, `attention_mask` and `position_ids`, each (B, T)."""
-    width = max(len(row) for row in rows)
-    ids, mask = np.full((len(rows), width), pad_id, np.int64), np.zeros((len(rows), width), np.int64)
-    for number, row in enumerate(rows):
-        ids[number, width - len(row) :] = row
-        mask[number, width - len(row) :] = 1
+    ids, mask = padded_rows(rows, pad_id, left=True)
     positions = np.maximum(mask.cumsum(axis=1) - 1, 0)
     arrays = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
     return {name: torch.from_numpy(array) for name, array in arrays.items()}

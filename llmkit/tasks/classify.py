@@ -17,7 +17,7 @@ from llmkit.errors import DataError
 from llmkit.metrics.classification import classification_scores
 from llmkit.model.forward import fast_forward
 from llmkit.model.objective import Batch, to_device
-from llmkit.tasks.base import Encoded, Regularisation, Scores, Scoring, TaskSettings, embedding_noise
+from llmkit.tasks.base import Encoded, Regularisation, Scores, Scoring, TaskSettings, embedding_noise, padded_rows
 
 
 class ClassifyTask:
@@ -168,10 +168,5 @@ class ClassifyObjective:
 
 
 def _right_padded(examples: Sequence[Example], pad_id: int) -> Batch:
-    width = max(len(example["input_ids"]) for example in examples)
-    ids = np.full((len(examples), width), pad_id, np.int64)
-    mask = np.zeros((len(examples), width), np.int64)
-    for row, example in enumerate(examples):
-        ids[row, : len(example["input_ids"])] = example["input_ids"]
-        mask[row, : len(example["input_ids"])] = 1
+    ids, mask = padded_rows([example["input_ids"] for example in examples], pad_id)
     return {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask)}

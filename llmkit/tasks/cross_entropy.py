@@ -73,7 +73,7 @@ class _Chunked(torch.autograd.Function):
     def backward(ctx: Any, *outer: Any) -> Any:
         """The gradients taken in the forward, times the loss's own; they are used up."""
         scale, hidden, weights = outer[0], ctx.hidden_gradient, ctx.weight_gradients
-        del ctx.hidden_gradient, ctx.weight_gradients
+        del ctx.hidden_gradient, ctx.weight_gradients  # the last to know them: else autograd would copy each
         if scale.device.type != "cpu" or scale != 1:
             hidden = None if hidden is None else hidden.mul_(scale)
             weights = [gradient.mul_(scale) for gradient in weights]

@@ -6,9 +6,8 @@ import ctypes
 import sys
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4  # of glibc's malloc.h
-_LARGE = (
-    2**24
-)  # bytes: such blocks come from the system and go back, else what is allocated between them splits the heap
+# Larger blocks come from the system and go back: what is allocated between them would split the heap.
+_LARGE = 2**24  # bytes
 _MADV_HUGEPAGE = 14  # of Linux's mman.h
 _HUGE_PAGE = 2**21
 

@@ -15,7 +15,8 @@ import torch
 
 from llmkit.model.precision import compute_in
 
-_PART = 2**18  # numbers: a megabyte in fp32, which stays in a processor's cache
+_CACHED = 2**18  # numbers: a megabyte in fp32, which stays in a processor's cache
+_SUMMED = 2**22  # numbers whose squares one fp32 sum adds up well; few enough sums for a GPU
 
 
 class Masters:
@@ -59,7 +60,7 @@ class Masters:
 
     def gradient_norm(self) -> float:
         """The Euclidean norm of all gradients. One sum in fp32 over so many numbers would lose a percent of it."""
-        squares = [torch.dot(part, part) for part in self.gradients.split(_PART)]
+        squares = [torch.dot(part, part) for part in self.gradients.split(_SUMMED)]
         return float(torch.stack(squares).double().sum().sqrt())
 
     def finish_gradients(self) -> None:
@@ -120,10 +121,11 @@ class Masters:
             if name not in self._touched:
                 self._touched.add(name)
                 target.zero_().add_(gradient) if gradient.is_sparse else target.copy_(gradient)
-            elif gradient.is_sparse:
+            elif gradient.is_sparse or not gradient.is_cpu:
                 target.add_(gradient)
-            else:  # in parts: the whole would be cast to fp32 first
-                for some, more in zip(target.view(-1).split(_PART), gradient.reshape(-1).split(_PART), strict=True):
+            else:  # in parts: a CPU would first cast the whole to fp32
+                parts = zip(target.view(-1).split(_CACHED), gradient.reshape(-1).split(_CACHED), strict=True)
+                for some, more in parts:
                     some.add_(more)
             parameter.grad = None
 

@@ -49,7 +49,7 @@ class Memory:
     @property
     def total(self) -> int:
         """All of it."""
-        return self.fixed + self.activations + self.kernels
+        return sum(self.parts.values())
 
     @property
     def parts(self) -> dict[str, int]:

@@ -92,7 +92,7 @@ class Stepper:
             try:
                 with autocast(device, self.precision):
                     loss = self.objective.loss(self.model, to_device(batch, device))
-                weighed = loss if weigh else loss * 0
+                weighed = loss * weigh
                 (self.scaler.scale(weighed / max(supervised, 1)) if self.scaler else weighed).backward()
                 total += loss.detach() * weigh
             except (RuntimeError, MemoryError) as error:

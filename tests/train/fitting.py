@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
@@ -27,6 +28,7 @@ from llmkit.train.masters import Masters
 from llmkit.train.state import TrainState, seed_everything
 from llmkit.train.step import StepResult
 
+FAMILIES = ("llama", "gpt2", "mistral", "qwen2", "gemma2", "granite", "cohere")
 WORDS = 61
 COLUMNS = {"input_ids": Column("uint8"), "supervised": Column("bool")}
 
@@ -206,6 +208,13 @@ def gradients_by_hand(model: Any, corpus: Corpus, numbers: Sequence[int]) -> tup
     found = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
     model.zero_grad(set_to_none=True)
     return loss.item(), found
+
+
+def check(found: tuple[float, dict[str, torch.Tensor]], expected: tuple[float, dict[str, torch.Tensor]]) -> None:
+    assert found[0] == pytest.approx(expected[0], abs=1e-5)
+    assert found[1].keys() == expected[1].keys()
+    for name, gradient in expected[1].items():
+        torch.testing.assert_close(found[1][name], gradient, atol=1e-5, rtol=1e-4, msg=lambda text, n=name: n + text)
 
 
 def one_thread() -> Iterator[None]:

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from fitting import Recorder, facts_of, make_fit, moments_of, one_thread, random_corpus, same_bits, weights_of
+from fitting import Recorder, facts_of, make_fit, moments_of, one_thread, same_bits, weights_of
+from killing import KilledError, corpora, kill  # noqa: F401  (a fixture is among them)
 
 from llmkit.data.corpus import Corpus
 from llmkit.optim import build_schedule
@@ -29,20 +30,6 @@ WAYS: dict[str, dict[str, Any]] = {
     "plateau": {"schedule": PLATEAU, "eval_every": 2, "lr": 1e-2},
     "wsd": {"schedule": {"name": "wsd", "decay": "40%"}},
 }
-
-
-class KilledError(Exception):
-    """Stands for SIGKILL: nothing is saved."""
-
-
-def kill() -> None:
-    raise KilledError
-
-
-@pytest.fixture(scope="module")
-def corpora(tmp_path_factory: pytest.TempPathFactory) -> tuple[Corpus, Corpus]:
-    folder = tmp_path_factory.mktemp("corpora")
-    return random_corpus(folder / "train", 45), random_corpus(folder / "eval", 12, seed=9)
 
 
 def fit_for(folder: Path, corpora: tuple[Corpus, Corpus], way: str) -> Fit:

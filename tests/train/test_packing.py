@@ -11,8 +11,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fitting import (
+    FAMILIES,
     WORDS,
     by_hand,
+    check,
     gradients,
     gradients_by_hand,
     make_fit,
@@ -31,7 +33,6 @@ from llmkit.tasks.causal_objective import CausalObjective
 from llmkit.train.loop import Fit
 
 _one_thread = pytest.fixture(autouse=True)(one_thread)
-FAMILIES = ("llama", "gpt2", "mistral", "qwen2", "gemma2", "granite", "cohere")
 NUMBERS = [0, 5, 7, 11, 20, 21, 30, 39]
 
 
@@ -47,13 +48,6 @@ def padded_fit(folder: Path, corpus: Corpus, model: Any) -> Fit:
     fit.objective = CausalObjective(replace(causal, packs=False), 0, Regularisation())
     fit.stepper.objective = fit.feeder.objective = fit.objective
     return fit
-
-
-def check(found: tuple[float, dict[str, torch.Tensor]], expected: tuple[float, dict[str, torch.Tensor]]) -> None:
-    assert found[0] == pytest.approx(expected[0], abs=1e-5)
-    assert found[1].keys() == expected[1].keys()
-    for name, gradient in expected[1].items():
-        torch.testing.assert_close(found[1][name], gradient, atol=1e-5, rtol=1e-4, msg=lambda text, n=name: n + text)
 
 
 def plain_padded(model: Any, corpus: Corpus, side: str) -> tuple[float, dict[str, torch.Tensor]]:

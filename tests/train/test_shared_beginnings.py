@@ -12,8 +12,10 @@ import pytest
 import torch
 from fitting import (
     COLUMNS,
+    FAMILIES,
     WORDS,
     by_hand,
+    check,
     gradients,
     gradients_by_hand,
     make_fit,
@@ -28,7 +30,6 @@ from llmkit.model.packing import pack
 from llmkit.tasks.base import Regularisation
 
 _one_thread = pytest.fixture(autouse=True)(one_thread)
-FAMILIES = ("llama", "gpt2", "mistral", "qwen2", "gemma2", "granite", "cohere")
 REST = (6, 3, 2, 9, 4)
 
 
@@ -52,13 +53,6 @@ def corpus_of(folder: Path, beginning: int, rest: Sequence[int] = REST, supervis
             chosen[4], chosen[beginning + length // 2] = True, True
         writer.add({"input_ids": np.concatenate([first, own]), "supervised": chosen})
     return writer.finish({})
-
-
-def check(found: tuple[float, dict[str, torch.Tensor]], expected: tuple[float, dict[str, torch.Tensor]]) -> None:
-    assert found[0] == pytest.approx(expected[0], abs=1e-5)
-    assert found[1].keys() == expected[1].keys()
-    for name, gradient in expected[1].items():
-        torch.testing.assert_close(found[1][name], gradient, atol=1e-5, rtol=1e-4, msg=lambda text, n=name: n + text)
 
 
 def shared_in(fit: Any, numbers: Sequence[int]) -> int:
