@@ -91,6 +91,18 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
     return [block for stack in _stacks(model, _base_path(model)) for block in stack.blocks]
 
 
+def entry_modules(model: nn.Module) -> list[nn.Module]:
+    """What leads into the blocks: embeddings with their norms and dropout, the tables that every block reads."""
+    base_path = _base_path(model)
+    stacks = _stacks(model, base_path)
+    entry = {
+        path
+        for path in _entry_modules(model, stacks, base_path)
+        if not any(_is_within(stack.path, path) for stack in stacks)
+    }
+    return [module for path, module in model.named_modules() if path in entry]
+
+
 def _base_path(model: nn.Module) -> str:
     """The path of the base model; empty when the model is its own base."""
     base = getattr(model, "base_model", model)

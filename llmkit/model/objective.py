@@ -8,7 +8,9 @@ from typing import Any, Protocol
 
 import torch
 
-Batch = dict[str, Any]  # tensors, `lengths` (N,) of its N examples among them, and numbers that stay on the CPU
+# Tensors, `lengths` (N,) of its N examples among them; numbers that stay on the CPU; and `places`, for each example where
+# the tokens of it that are computed lie in the flattened `input_ids`.
+Batch = dict[str, Any]
 
 
 class Objective(Protocol):
@@ -18,8 +20,15 @@ class Objective(Protocol):
     def padded(self) -> bool:
         """True when examples of unlike length cost padding, so that like ones should go together."""
 
-    def computing(self) -> AbstractContextManager[None]:
-        """To be entered around everything that computes with this objective's batches."""
+    @property
+    def why_padded(self) -> str | None:
+        """What stands against doing without, where something does that is worth telling."""
+
+    def computing(self, *, outline: bool = False) -> AbstractContextManager[None]:
+        """To be entered around everything that computes with this objective's batches.
+
+        With `outline`, a model on the meta device takes the memory of a GPU's attention, for a forecast.
+        """
 
     def collate(self, examples: Sequence[dict[str, Any]]) -> Batch:
         """Examples as tensors on the CPU."""

@@ -9,11 +9,12 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from llmkit import catalog
 from llmkit.errors import did_you_mean
-from llmkit.recipe.values import duration_or_steps, rate_or_auto, share_or_count
+from llmkit.recipe.values import bytes_or_auto, duration_or_steps, rate_or_auto, share_or_count
 
 NO_RESULT: dict[str, Any] = {"changes_result": False}
 ShareOrCount = Annotated[str | int, PlainValidator(share_or_count, json_schema_input_type=str | int)]
 DurationOrSteps = Annotated[str | int, PlainValidator(duration_or_steps, json_schema_input_type=str | int)]
+Bytes = Annotated[str | int, PlainValidator(bytes_or_auto, json_schema_input_type=str | int)]
 Rate = Annotated[float | Literal["auto"], PlainValidator(rate_or_auto, json_schema_input_type=float | Literal["auto"])]
 
 

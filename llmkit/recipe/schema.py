@@ -18,7 +18,7 @@ from pydantic import (
     model_validator,
 )
 
-from llmkit.recipe.fields import NO_RESULT, RowFormat, Section, ShareOrCount, Sources, named
+from llmkit.recipe.fields import NO_RESULT, Bytes, RowFormat, Section, ShareOrCount, Sources, named
 from llmkit.recipe.training import Finetune, Pretrain
 from llmkit.recipe.values import is_share, share
 
@@ -84,6 +84,18 @@ class Freeze(Section):
     head: bool = False
     norms: bool = False
     patterns: tuple[str, ...] = Field((), description="globs over parameter names, or `re:` and a regular expression")
+    dropout: bool = Field(False, description="leave dropout in frozen blocks, which else compute without")
+    cache: bool | Literal["auto"] = Field(
+        "auto",
+        description="compute leading frozen blocks once and keep what leaves them; auto: where that is exact and pays",
+        json_schema_extra=NO_RESULT,
+    )
+    cache_bytes: Bytes = Field(
+        "auto",
+        description="most that is kept on disk, the rest is computed each time; auto: a quarter of the free space",
+        json_schema_extra=NO_RESULT,
+    )
+    cache_precision: Literal["auto", "bf16"] = Field("auto", description="auto: as the states are; bf16: half of fp32")
 
     @model_validator(mode="after")
     def _says_something(self) -> Freeze:

@@ -8,6 +8,9 @@ from typing import Literal
 
 _SHARE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*%\s*$")
 _DURATION = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*(s|sec|min|h)\s*$")
+_BYTES = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*(B|[kMGT]B|[KMGT]iB)?\s*$")
+_UNITS = {"B": 1} | {f"{prefix}B": 1000**power for power, prefix in enumerate("kMGT", 1)}
+_UNITS |= {f"{prefix}iB": 1024**power for power, prefix in enumerate("KMGT", 1)}
 _SECONDS = {"s": 1.0, "sec": 1.0, "min": 60.0, "h": 3600.0}
 
 
@@ -41,6 +44,23 @@ def rate_or_auto(value: object) -> float | Literal["auto"]:
     if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf:
         return float(value)
     raise ValueError("should be a number above 0 such as `2e-5`, or `auto`")
+
+
+def bytes_or_auto(value: object) -> int | str:
+    """Checks a size: a whole number of bytes above 0, text such as `20GB` or `512MiB`, or `auto`."""
+    if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+        return value
+    if isinstance(value, str) and (value == "auto" or _BYTES.match(value)):
+        return value
+    raise ValueError("should be a size such as `20GB` or `512MiB`, a number of bytes above 0, or `auto`")
+
+
+def bytes_of(value: str | int) -> int:
+    """`20GB` as 20,000,000,000 bytes."""
+    match = _BYTES.match(str(value))
+    if match is None:
+        raise ValueError("should be a size such as `20GB`")
+    return int(float(match[1]) * _UNITS[match[2] or "B"])
 
 
 def count_of(value: str | int, total: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -10,6 +11,7 @@ from llmkit.data.corpus import Corpus
 from llmkit.errors import ArtifactError, RecipeError
 from llmkit.files import read_json
 from llmkit.model.folder import weights_digest
+from llmkit.model.freezing import FreezeRules
 from llmkit.model.loading import load_tokenizer
 from llmkit.model.location import locate
 from llmkit.recipe.schema import Recipe
@@ -36,6 +38,13 @@ class Stage(Protocol):
 
     def run(self, recipe: Recipe, run: Run) -> Artifact:
         """Makes the artifact in `run.folder(name)`."""
+
+
+def freeze_rules(recipe: Recipe) -> FreezeRules:
+    """What the recipe says shall stand still."""
+    assert recipe.freeze is not None, "else there is nothing to resolve"
+    names = {field.name for field in fields(FreezeRules)}
+    return FreezeRules(**recipe.freeze.model_dump(include=names))
 
 
 def task_class(recipe: Recipe) -> type[Task]:

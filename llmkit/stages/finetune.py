@@ -76,9 +76,8 @@ class Finetune:
         if loaded.unused_parameters:
             run.reporter.note(f"in the parent, but not used: {', '.join(loaded.unused_parameters)}")
         lr = _learning_rate(recipe, run, parent)
-        return TrainingJob(
-            self.name, recipe, run, recipe.finetune, lr, loaded.model, task, corpus, corpus_in(run, "eval")
-        )
+        held_out, freezes = corpus_in(run, "eval"), recipe.freeze if "freeze" in recipe.plan else None
+        return TrainingJob(self.name, recipe, run, recipe.finetune, lr, loaded.model, task, corpus, held_out, freezes)
 
 
 STAGE = Finetune()

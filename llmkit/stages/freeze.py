@@ -6,11 +6,11 @@ from typing import Any
 
 from llmkit.errors import RecipeError
 from llmkit.files import digest_json, write_json
-from llmkit.model.freezing import FreezeRules, plan_freeze
+from llmkit.model.freezing import plan_freeze
 from llmkit.model.loading import build_on_meta, load_config
 from llmkit.recipe.schema import Recipe, result_keys
 from llmkit.run.directory import Artifact, Run
-from llmkit.stages.base import model_before, require_corpus, task_class, task_for
+from llmkit.stages.base import freeze_rules, model_before, require_corpus, task_class, task_for
 
 _VOLATILE = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
 
@@ -45,8 +45,7 @@ class Freeze:
         if task.shaped_by_data:
             corpus = require_corpus(run, "train", "data.train")
             config.update(task_for(recipe, run, corpus).model_changes(config))
-        rules = FreezeRules(**recipe.freeze.model_dump())
-        plan = plan_freeze(build_on_meta(config, task.auto_class), rules)
+        plan = plan_freeze(build_on_meta(config, task.auto_class), freeze_rules(recipe))
         folder = run.folder(self.name)
         write_json(folder / "freeze.json", plan.to_json())
         total = plan.frozen_count + plan.trainable_count
@@ -57,7 +56,7 @@ class Freeze:
         for note in plan.notes:
             run.reporter.note(note)
         metrics = {"frozen_parameters": plan.frozen_count, "trainable_parameters": plan.trainable_count}
-        content = digest_json([plan.frozen, plan.trainable])
+        content = digest_json([plan.frozen, plan.trainable, recipe.freeze.dropout, recipe.freeze.cache_precision])
         return Artifact(self.name, folder / "freeze.json", content, (f"{self.name}/freeze.json",), metrics)
 
 

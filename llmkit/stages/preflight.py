@@ -12,13 +12,13 @@ from typing import Any
 
 from llmkit.data.filters import build_filters
 from llmkit.errors import Problem, RecipeError
-from llmkit.model.freezing import FreezeRules, plan_freeze
+from llmkit.model.freezing import plan_freeze
 from llmkit.model.loading import build_on_meta, load_config
 from llmkit.model.location import locate
 from llmkit.optim import build_optimizer, build_schedule
 from llmkit.recipe.schema import Recipe
 from llmkit.recipe.training import Training
-from llmkit.stages.base import task_class
+from llmkit.stages.base import freeze_rules, task_class
 from llmkit.stages.evaluate import wanted_metrics
 
 
@@ -73,4 +73,4 @@ def _check_freeze(recipe: Recipe) -> None:
     """Plans the freezing of the model that pretraining goes on from; it has the same parts afterwards."""
     assert recipe.freeze is not None, "the schema asks for a section `freeze` when there is such a stage"
     config = load_config(locate(str(recipe.model)))
-    plan_freeze(build_on_meta(config, task_class(recipe).auto_class), FreezeRules(**recipe.freeze.model_dump()))
+    plan_freeze(build_on_meta(config, task_class(recipe).auto_class), freeze_rules(recipe))

@@ -17,13 +17,16 @@ from llmkit.errors import RecipeError, did_you_mean
 from llmkit.files import write_json
 from llmkit.model.folder import weights_digest
 from llmkit.model.groups import parameter_groups
+from llmkit.model.objective import Objective
 from llmkit.model.precision import choose_precision
+from llmkit.model.prefix import still_modules
 from llmkit.optim import build_optimizer, build_schedule
-from llmkit.recipe.schema import Recipe
+from llmkit.recipe.schema import Freeze, Recipe
 from llmkit.recipe.training import Training
 from llmkit.run.directory import Artifact, Run
 from llmkit.run.log import MetricsLog
 from llmkit.stages.base import relative_files
+from llmkit.stages.prefix import PrefixCache, known_prefix
 from llmkit.stages.sizing import Outline, Sizing, available_bytes, shape_computation, size_up
 from llmkit.tasks.base import Regularisation, Task
 from llmkit.train.allocator import give_back_freed_memory, keep_freed_memory
@@ -49,6 +52,7 @@ class TrainingJob:
     task: Task
     train: Corpus
     held_out: Corpus | None
+    freezes: Freeze | None = None  # what the recipe says of the part that stands still
 
 
 def train_and_save(job: TrainingJob) -> tuple[Artifact, Fit]:
@@ -99,10 +103,10 @@ def make_fit(job: TrainingJob, accelerator: Any) -> Fit:
     groups = parameter_groups(model, lr=job.lr, weight_decay=training.weight_decay)
     _show_groups(run, groups)
     objective = job.task.objective(model, regularisation_of(training))
-    causal = getattr(objective, "causal", None)
-    if causal is not None and causal.why:
-        run.guess(f"{job.stage}: padded batches", True, f"examples cannot be packed with this model: {causal.why}")
+    if objective.why_padded:
+        run.guess(f"{job.stage}: padded batches", True, f"examples cannot be packed: {objective.why_padded}")
     masters = Masters(model, precision)
+    objective, train, held_out = _with_known_prefix(job, objective, precision, sizing, accelerator)
     shape_computation(model, training)
     options = training.optimizer.options
     return Fit(
@@ -112,16 +116,27 @@ def make_fit(job: TrainingJob, accelerator: Any) -> Fit:
         optimizer=build_optimizer(training.optimizer.name, masters.adopt(groups), lr=job.lr, options=options),
         schedule=build_schedule(training.schedule.name, training.schedule.options),
         training=training,
-        train=job.train,
-        held_out=job.held_out,
+        train=train,
+        held_out=held_out,
         size_column=job.task.size_column,
         seed=job.recipe.seed,
         precision=precision,
         folder=run.folder(job.stage),
         fingerprint=run.stage(job.stage).get("fingerprint", ""),
         warn=run.reporter.warn,
+        still=still_modules(model) if job.freezes and not job.freezes.dropout else (),
         state=TrainState(micro_batch_tokens=sizing.micro_batch_tokens),
     )
+
+
+def _with_known_prefix(
+    job: TrainingJob, objective: Objective, precision: str, sizing: Sizing, accelerator: Any
+) -> tuple[Objective, Any, Any]:
+    """The objective and the corpora, with what leaves the frozen blocks where that is kept."""
+    if job.freezes is None:
+        return objective, job.train, job.held_out
+    cache = PrefixCache(job.freezes, job.run, objective, job.model, job.task.size_column, precision, accelerator)
+    return known_prefix(cache, job.training, sizing.steps, sizing.order.batch_size, job.train, job.held_out)
 
 
 def regularisation_of(training: Training) -> Regularisation:

@@ -132,6 +132,12 @@ def padded_rows(rows: Sequence[Any], pad_id: int, *, left: bool = False) -> tupl
     return ids, mask
 
 
+def padded_places(rows: Sequence[Any]) -> list[np.ndarray]:
+    """Where the tokens of rows that are padded on the right lie in the flattened batch."""
+    width = max(map(len, rows))
+    return [number * width + np.arange(len(row)) for number, row in enumerate(rows)]
+
+
 @contextmanager
 def embedding_noise(model: Any, batch: Batch, alpha: float) -> Iterator[None]:
     """While entered, the embeddings of a batch's tokens get uniform noise of at most alpha / sqrt(L D).

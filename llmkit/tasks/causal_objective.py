@@ -18,8 +18,10 @@ from llmkit.model.causal import CausalModel
 from llmkit.model.forward import fast_forward
 from llmkit.model.objective import Batch
 from llmkit.model.packing import pack
-from llmkit.tasks.base import Regularisation, embedding_noise, padded_rows
+from llmkit.tasks.base import Regularisation, embedding_noise, padded_places, padded_rows
 from llmkit.tasks.cross_entropy import loss_and_hits, summed_cross_entropy
+
+_NOT_FOR_THE_MODEL = ("kept", "targets", "lengths", "places")
 
 
 @dataclass(frozen=True)
@@ -35,9 +37,14 @@ class CausalObjective:
         """True when examples of unlike length cost padding."""
         return not self.causal.packs
 
-    def computing(self) -> AbstractContextManager[None]:
+    @property
+    def why_padded(self) -> str | None:
+        """Why examples cannot be packed; None when they can."""
+        return self.causal.why
+
+    def computing(self, *, outline: bool = False) -> AbstractContextManager[None]:
         """To be entered around everything that computes with this objective's batches."""
-        return fast_forward(self.causal.model, packed=self.causal.packs)
+        return fast_forward(self.causal.model, packed=self.causal.packs or outline, outline=outline)
 
     def collate(self, examples: Sequence[Example]) -> Batch:
         """One row of examples, (1, T), or rows padded on the right, (B, T), with `kept` and `targets`, both (S,).
@@ -53,11 +60,13 @@ class CausalObjective:
             share = self.causal.shares and not self.regularisation.neftune_alpha
             packed = pack(rows, share=share, fill=True)
             batch: Batch = packed.inputs()
-            kept = [packed.places(number, found - 1) for number, found in enumerate(supervised)]
+            places = [packed.places(number, np.arange(len(row))) for number, row in enumerate(rows)]
         else:
             ids, _ = padded_rows(rows, self.pad_id)
             batch = {"input_ids": torch.from_numpy(ids)}
-            kept = [number * ids.shape[1] + found - 1 for number, found in enumerate(supervised)]
+            places = padded_places(rows)
+        kept = [own[found - 1] for own, found in zip(places, supervised, strict=True)]
+        batch["places"] = places
         batch["lengths"] = torch.tensor([len(row) for row in whole])
         batch["kept"] = torch.from_numpy(np.concatenate(kept))
         batch["targets"] = torch.from_numpy(
@@ -83,7 +92,7 @@ class CausalObjective:
     def _states(self, batch: Batch) -> tuple[torch.Tensor, Any, tuple[torch.Tensor, ...]]:
         """Something for each supervised token, the function that makes logits of it, and its parameters."""
         model = self.causal.model
-        inputs = {name: value for name, value in batch.items() if name not in ("kept", "targets", "lengths")}
+        inputs = {name: value for name, value in batch.items() if name not in _NOT_FOR_THE_MODEL}
         alpha = self.regularisation.neftune_alpha if model.training else 0.0
         with embedding_noise(model, batch, alpha) if alpha else nullcontext():
             kept = batch["kept"]

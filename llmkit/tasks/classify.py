@@ -17,7 +17,16 @@ from llmkit.errors import DataError
 from llmkit.metrics.classification import classification_scores
 from llmkit.model.forward import fast_forward
 from llmkit.model.objective import Batch, to_device
-from llmkit.tasks.base import Encoded, Regularisation, Scores, Scoring, TaskSettings, embedding_noise, padded_rows
+from llmkit.tasks.base import (
+    Encoded,
+    Regularisation,
+    Scores,
+    Scoring,
+    TaskSettings,
+    embedding_noise,
+    padded_places,
+    padded_rows,
+)
 
 
 class ClassifyTask:
@@ -136,16 +145,19 @@ class ClassifyObjective:
     pad_id: int
     regularisation: Regularisation
     padded: ClassVar[bool] = True
+    why_padded: ClassVar[None] = None
 
-    def computing(self) -> AbstractContextManager[None]:
+    def computing(self, *, outline: bool = False) -> AbstractContextManager[None]:
         """To be entered around everything that computes with this objective's batches."""
-        return fast_forward(self.model, packed=False)
+        return fast_forward(self.model, packed=False, outline=outline)
 
     def collate(self, examples: Sequence[Example]) -> Batch:
         """`input_ids` and `attention_mask` (B, T), and `labels` (B,)."""
         labels = torch.tensor([example["label"] for example in examples])
-        lengths = torch.tensor([len(example["input_ids"]) for example in examples])
-        return _right_padded(examples, self.pad_id) | {"labels": labels, "lengths": lengths}
+        rows = [example["input_ids"] for example in examples]
+        lengths = torch.tensor([len(row) for row in rows])
+        batch = _right_padded(examples, self.pad_id)
+        return batch | {"labels": labels, "lengths": lengths, "places": padded_places(rows)}
 
     def count(self, batch: Batch) -> int:
         """The number of texts."""

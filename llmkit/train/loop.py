@@ -18,6 +18,7 @@ import torch
 
 from llmkit.data.batches import BatchOrder, by_length
 from llmkit.data.corpus import Corpus
+from llmkit.data.states import CorpusWithStates
 from llmkit.errors import DataError, DivergedError
 from llmkit.model.objective import Objective, to_device
 from llmkit.model.precision import autocast
@@ -27,7 +28,7 @@ from llmkit.recipe.values import count_of, seconds_of
 from llmkit.train.hooks import Hook
 from llmkit.train.keeping import Keeper
 from llmkit.train.masters import Average, Masters
-from llmkit.train.micro_batches import Feeder, cut
+from llmkit.train.micro_batches import Feeder, cut_corpus
 from llmkit.train.signals import StopRequest
 from llmkit.train.state import TrainState
 from llmkit.train.step import Stepper
@@ -45,14 +46,15 @@ class Fit:
     optimizer: torch.optim.Optimizer
     schedule: Schedule
     training: Training
-    train: Corpus
-    held_out: Corpus | None
+    train: Corpus | CorpusWithStates
+    held_out: Corpus | CorpusWithStates | None
     size_column: str
     seed: int
     precision: str
     folder: Path
     fingerprint: str
     warn: Callable[[str], None]
+    still: tuple[str, ...] = ()  # modules that compute as in evaluation while the others train
     eval_batch_size: int = 16
     state: TrainState = field(default_factory=TrainState)
 
@@ -115,7 +117,7 @@ class Fit:
 
         Raises StoppedError or InterruptedByUserError, after saving, when a signal came, and DivergedError.
         """
-        self.model.train()
+        self.train_mode()
         saved_at, saved_step = time.monotonic(), self.state.step
         try:
             with self.objective.computing(), StopRequest() as request:
@@ -137,6 +139,12 @@ class Fit:
                 hook.close()
         self.keeper.settle(self.state, self.training.keep)
         return self.state
+
+    def train_mode(self) -> None:
+        """The model as it trains: with dropout, but for what stands still."""
+        self.model.train()
+        for path in self.still:
+            self.model.get_submodule(path).eval()
 
     def _step(self, hooks: Sequence[Hook], stop: bool) -> bool:
         """One step; True when training is to stop after it."""
@@ -199,14 +207,16 @@ class Fit:
         lengths, most = self.held_out.lengths(self.size_column), self.state.micro_batch_tokens
         padded, size = self.objective.padded, self.eval_batch_size
         parts = [
-            part for numbers in by_length(lengths, size) for part in cut(numbers, lengths, padded=padded, tokens=most)
+            part
+            for numbers in by_length(lengths, size)
+            for part in cut_corpus(self.held_out, numbers.tolist(), lengths, padded=padded, tokens=most)
         ]
         with torch.inference_mode(), self.objective.computing(), autocast(device, self.precision):
             for numbers in parts[self.accelerator.process_index :: self.accelerator.num_processes]:
                 batch = self.objective.collate([self.held_out[int(number)] for number in numbers])
                 loss = self.objective.loss(self.model, to_device(batch, device)).item()
                 sums += torch.tensor([loss, self.objective.count(batch)], dtype=torch.float64, device=device)
-        self.model.train()
+        self.train_mode()
         total, count = self.accelerator.reduce(sums, "sum").tolist()
         return float(total / count)
 

@@ -15,7 +15,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from llmkit.model.forward import fast_forward
 from llmkit.model.objective import Batch, Objective, to_device
 from llmkit.train.masters import Masters
 
@@ -92,8 +91,7 @@ def _forward_and_backward(model: Any, objective: Objective, batch: Batch, device
     if "cu_seq_lens_q" not in batch:  # a mask is small, and its values would be read
         shapes.pop("attention_mask", None)
     model.train()
-    computing = fast_forward(model, packed=True, outline=True) if device.type == "cuda" else objective.computing()
-    with computing, _Counter() as counter:
+    with objective.computing(outline=device.type == "cuda"), _Counter() as counter:
         objective.loss(model, shapes).backward()
     return {"activations": counter.peak, "flops": counter.flops, "products": len(counter.products)}
 

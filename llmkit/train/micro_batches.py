@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -10,6 +10,7 @@ import numpy as np
 
 from llmkit.data.batches import BatchOrder
 from llmkit.data.corpus import Corpus
+from llmkit.data.states import CorpusWithStates
 from llmkit.model.objective import Batch, Objective
 
 _MOST_PADDING = 0.03  # of what is computed
@@ -40,11 +41,25 @@ def cut(
     return parts
 
 
+def cut_corpus(
+    corpus: Corpus | CorpusWithStates,
+    numbers: Sequence[int],
+    lengths: np.ndarray,
+    *,
+    padded: bool,
+    tokens: int | None,
+    examples: int | None = None,
+) -> list[list[int]]:
+    """The same, examples with known states apart from the others: what is batched together is left out together."""
+    groups = corpus.apart(numbers) if isinstance(corpus, CorpusWithStates) else [numbers]
+    return [part for some in groups for part in cut(some, lengths, padded=padded, tokens=tokens, examples=examples)]
+
+
 @dataclass
 class Feeder:
     """One process's micro-batches of each step."""
 
-    corpus: Corpus
+    corpus: Corpus | CorpusWithStates
     order: BatchOrder
     objective: Objective
     process: int
@@ -74,7 +89,6 @@ class Feeder:
     def _prepare(self, step: int, tokens: int | None) -> list[Batch]:
         numbers = self.order.batch(step).tolist()
         mine = numbers[self.process :: self.processes] or numbers[:1]
-        parts = cut(
-            mine, self.order.lengths, padded=self.objective.padded, tokens=tokens, examples=self.micro_batch_size
-        )
+        padded, size = self.objective.padded, self.micro_batch_size
+        parts = cut_corpus(self.corpus, mine, self.order.lengths, padded=padded, tokens=tokens, examples=size)
         return [self.objective.collate([self.corpus[number] for number in part]) for part in parts]

@@ -32,6 +32,8 @@ def feeder(corpus: Corpus, process: int = 0, processes: int = 1, size: int | Non
 
 def same(one: list[dict[str, Any]], other: list[dict[str, Any]]) -> bool:
     def alike(a: Any, b: Any) -> bool:
+        if isinstance(a, list):
+            return all(map(np.array_equal, a, b))
         return torch.equal(a, b) if isinstance(a, torch.Tensor) else bool(a == b)
 
     return len(one) == len(other) and all(

@@ -1,0 +1,147 @@
+"""The frozen prefix of a model: leading blocks of which training needs nothing but the hidden states that leave them.
+
+At depth d, these are the states between block d - 1 and what follows it. Where they are known, everything before is left
+out of a forward pass. Nothing is believed of a family: a prefix is tried on the model itself before it is relied on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from llmkit.files import digest_json
+from llmkit.model.anatomy import blocks_of, entry_modules, read_anatomy
+from llmkit.model.replacement import replaced_modules
+
+# What of a config changes nothing before the head, or only while training
+_NOT_OF_THE_PREFIX = (
+    "label",
+    "dropout",
+    "pdrop",
+    "_name_or_path",
+    "architectures",
+    "version",
+    "dtype",
+    "cache",
+    "token_id",
+)
+
+
+def frozen_prefix(model: nn.Module) -> int:
+    """How many leading blocks of the first stack stand still, together with all that leads into them."""
+    anatomy = read_anatomy(model)
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    if not anatomy.stacks or not frozen.issuperset(anatomy.embeddings):
+        return 0
+    first = anatomy.blocks[: anatomy.stacks[0][1]]
+    return next((number for number, block in enumerate(first) if not frozen.issuperset(block)), len(first))
+
+
+def still_modules(model: nn.Module) -> tuple[str, ...]:
+    """The paths of what stands still as a whole: frozen blocks, and with a frozen prefix what leads into it."""
+    paths = {id(module): path for path, module in model.named_modules()}
+    blocks = [block for block in blocks_of(model) if not any(p.requires_grad for p in block.parameters())]
+    entry = entry_modules(model) if frozen_prefix(model) else []
+    return tuple(paths[id(module)] for module in [*entry, *blocks])
+
+
+def prefix_digest(model: Any, depth: int) -> str:
+    """SHA-256 over what decides the states at a depth: the weights before it, as they compute, and the config."""
+    anatomy, parameters = read_anatomy(model), dict(model.named_parameters())
+    before = [*anatomy.embeddings, *(name for block in anatomy.blocks[:depth] for name in block)]
+    digest = hashlib.sha256()
+    for name, tensor in [*((name, parameters[name]) for name in before), *model.named_buffers()]:
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    config = {k: v for k, v in model.config.to_dict().items() if not any(part in k for part in _NOT_OF_THE_PREFIX)}
+    return digest_json([depth, type(model.base_model).__name__, config, digest.hexdigest()])
+
+
+class _ReachedError(Exception):
+    """A forward pass has come as far as it has to."""
+
+
+@torch.no_grad()
+def outputs_at(model: Any, depths: Sequence[int], forward: Callable[[], Any]) -> dict[int, Any]:
+    """What blocks give at some depths of one forward pass, which goes no further than the deepest."""
+    blocks, deepest = blocks_of(model), max(depths)
+    found: dict[int, Any] = {}
+
+    def take(depth: int) -> Callable[[Any, Any, Any], None]:
+        def hook(block: Any, inputs: Any, output: Any) -> None:
+            found[depth] = output
+            if depth == deepest:
+                raise _ReachedError
+
+        return hook
+
+    handles = [blocks[depth - 1].register_forward_hook(take(depth)) for depth in depths]
+    try:
+        forward()
+    except _ReachedError:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+class Prefix:
+    """The first `depth` blocks of a model. While `states` are set, a forward pass has them in place of computing.
+
+    `parts` is the number of things that a block gives, of which the states are the first; 0 when it gives them alone.
+    """
+
+    def __init__(self, model: Any, depth: int, parts: int = 0) -> None:
+        self.model, self.depth, self.parts = model, depth, parts
+        self.states: torch.Tensor | None = None
+
+    @contextmanager
+    def entered(self) -> Iterator[None]:
+        """While entered, the prefix can be left out; the model's parameters keep their names."""
+        blocks = blocks_of(self.model)[: self.depth]
+
+        def choose(module: nn.Module) -> nn.Module | None:
+            number = next((number for number, block in enumerate(blocks) if block is module), None)
+            return None if number is None else _Block(module, self, last=number == self.depth - 1)
+
+        with replaced_modules(self.model, choose):
+            yield
+
+    @contextmanager
+    def left_out(self, states: torch.Tensor | None) -> Iterator[None]:
+        """While entered, forward passes begin with these states, or compute all where they are None."""
+        self.states = states
+        try:
+            yield
+        finally:
+            self.states = None
+
+
+class _Block(nn.Module):
+    """Stands for a block of the prefix: computes as that does, unless the states that leave the prefix are known."""
+
+    def __init__(self, block: nn.Module, prefix: Prefix, *, last: bool) -> None:
+        super().__init__()
+        self._modules, self._parameters, self._buffers = block._modules, block._parameters, block._buffers
+        self.__dict__.update(block=block, prefix=prefix, last=last)  # the block is not to be a module within
+
+    def __getattr__(self, name: str) -> Any:
+        """What the block has: models ask their blocks for the kind of their attention."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["block"], name)
+
+    def forward(self, *arguments: Any, **named: Any) -> Any:
+        """The block's output."""
+        states = self.prefix.states
+        if states is None:
+            return self.block(*arguments, **named)
+        hidden = states if self.last else (arguments[0] if arguments else named["hidden_states"])
+        return (hidden, *[None] * (self.prefix.parts - 1)) if self.prefix.parts else hidden

@@ -1,0 +1,142 @@
+"""Training on top of a frozen prefix whose hidden states are kept: computed once, and then read.
+
+A micro-batch of examples whose states are known begins behind the prefix; any other computes all, to the same result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+
+from llmkit.data.batches import by_length
+from llmkit.data.corpus import Corpus, Example
+from llmkit.data.states import STATES, StatesWriter
+from llmkit.model.objective import Batch, Objective, to_device
+from llmkit.model.precision import autocast
+from llmkit.model.prefix import Prefix, outputs_at
+from llmkit.train.micro_batches import cut
+
+_AT_ONCE = 2048  # tokens of a forward pass that fills the cache, on a CPU
+_AT_ONCE_ON_GPU = 16384
+
+
+@dataclass(frozen=True)
+class PrefixObjective:
+    """An objective that leaves the prefix out where a batch brings its states."""
+
+    inner: Objective
+    prefix: Prefix
+
+    @property
+    def why_padded(self) -> str | None:
+        """As the objective within says."""
+        return self.inner.why_padded
+
+    @property
+    def padded(self) -> bool:
+        """As the objective within says."""
+        return self.inner.padded
+
+    @contextmanager
+    def computing(self, *, outline: bool = False) -> Iterator[None]:
+        """To be entered around everything that computes with this objective's batches."""
+        with self.inner.computing(outline=outline), self.prefix.entered():
+            yield
+
+    def collate(self, examples: Sequence[Example]) -> Batch:
+        """The batch of the objective within; with `prefix_states`, one row for each position, where all are known."""
+        batch = self.inner.collate(examples)
+        if any(STATES not in example for example in examples):
+            return batch
+        (first, dtype), *_ = [example[STATES] for example in examples]
+        states = np.zeros((batch["input_ids"].numel(), first.shape[1]), first.dtype)
+        for places, example in zip(batch["places"], examples, strict=True):
+            states[places] = example[STATES][0]
+        return batch | {STATES: torch.from_numpy(states).view(getattr(torch, dtype))}
+
+    def count(self, batch: Batch) -> int:
+        """As the objective within counts."""
+        return self.inner.count(batch)
+
+    def loss(self, model: Any, batch: Batch) -> torch.Tensor:
+        """The loss of the objective within."""
+        states = batch.get(STATES)
+        if states is not None:
+            shape = (*batch["input_ids"].shape, states.shape[-1])
+            states = states.to(next(model.parameters()).dtype).view(shape)
+        rest = {name: value for name, value in batch.items() if name != STATES}
+        with self.prefix.left_out(states):
+            return self.inner.loss(model, rest)
+
+
+@torch.no_grad()
+def try_prefix(
+    objective: Objective, model: Any, depth: int, examples: Sequence[Example], precision: str
+) -> Prefix | str:
+    """A prefix that can be left out, or why it cannot; tried on a few examples, whose loss must stay the same."""
+    batch = to_device(objective.collate(examples), model.device)
+    was_training = model.training
+    model.eval()
+    try:
+        with objective.computing(), autocast(model.device, precision):
+            expected = objective.loss(model, batch)
+            output = outputs_at(model, [depth], lambda: objective.loss(model, batch)).get(depth)
+        states = output[0] if isinstance(output, tuple) else output
+        if not isinstance(states, torch.Tensor) or states.shape[:-1] != batch["input_ids"].shape:
+            return "its blocks pass on something else than hidden states"
+        prefix = Prefix(model, depth, len(output) if isinstance(output, tuple) else 0)
+        known = PrefixObjective(objective, prefix)
+        with known.computing(), autocast(model.device, precision):
+            found = known.loss(model, batch | {STATES: states.flatten(0, 1)})
+    except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
+        return str(error).partition("\n")[0]
+    finally:
+        model.train(was_training)
+    return prefix if torch.allclose(found, expected, rtol=1e-5) else "later blocks use more than what leaves the prefix"
+
+
+@torch.no_grad()
+def compute_states(
+    objective: Objective,
+    model: Any,
+    corpus: Corpus,
+    size_column: str,
+    numbers: Sequence[int],
+    writers: dict[int, StatesWriter],
+    precision: str,
+    dtype: torch.dtype | None,
+    advance: Callable[[int], None],
+) -> None:
+    """Writes the states of some examples at the writers' depths, in `dtype` or as they are. Raises OSError."""
+    lengths = corpus.lengths(size_column)
+    most = _AT_ONCE if model.device.type == "cpu" else _AT_ONCE_ON_GPU
+    chosen = np.asarray(numbers)
+    was_training = model.training
+    model.eval()
+    try:
+        with objective.computing(), autocast(model.device, precision):
+            for some in by_length(lengths[chosen], len(chosen)):
+                for part in cut(chosen[some].tolist(), lengths, padded=objective.padded, tokens=most):
+                    batch = objective.collate([corpus[number] for number in part])
+                    moved = to_device(batch, model.device)
+                    found = outputs_at(model, list(writers), partial(objective.loss, model, moved))
+                    for depth, writer in writers.items():
+                        _write(writer, found[depth], batch, part, dtype)
+                    advance(len(part))
+    finally:
+        model.train(was_training)
+
+
+def _write(writer: StatesWriter, output: Any, batch: Batch, numbers: list[int], dtype: torch.dtype | None) -> None:
+    states = (output[0] if isinstance(output, tuple) else output).flatten(0, 1)
+    states = states.to("cpu", dtype or states.dtype)
+    name = str(states.dtype).removeprefix("torch.")
+    array = (states.view(torch.int16) if states.dtype == torch.bfloat16 else states).numpy()
+    for number, places in zip(numbers, batch["places"], strict=True):
+        writer.add(number, array[places], name)
