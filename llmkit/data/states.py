@@ -21,7 +21,7 @@ from llmkit.errors import ArtifactError
 from llmkit.files import digest_file, read_json, write_json
 
 FORMAT = 1
-STATES = "prefix_states"  # of an example: its states, and what PyTorch calls their numbers
+STATES = "prefix_states"  # of an example: its states, what PyTorch calls their numbers, and their depth
 _MANIFEST, _INDEX = "states.json", "index.npy"
 _NUMPY = {"bfloat16": "int16", "float16": "float16", "float32": "float32"}
 
@@ -123,16 +123,25 @@ class States:
 class CorpusWithStates(Sequence[Example]):
     """A corpus whose examples bring what leaves the frozen prefix, where that is known."""
 
-    def __init__(self, corpus: Corpus, states: States) -> None:
-        self.corpus, self.states = corpus, states
+    def __init__(self, corpus: Corpus, states: dict[int, States]) -> None:
+        """`states` are by the number of blocks before them."""
+        self.corpus, self._by_depth = corpus, states
         self.folder = corpus.folder
+        self.depth = max(states)
+
+    def descend(self, depth: int) -> None:
+        """From now on gives the deepest states of at most so many blocks, if there are any."""
+        self.depth = max((known for known in self._by_depth if known <= depth), default=0)
 
     def __len__(self) -> int:
         return len(self.corpus)
 
     def __getitem__(self, number: Any) -> Any:
         example = self.corpus[number]
-        return example | {STATES: (self.states[number], self.states.dtype)} if self.states.has(number) else example
+        states = self._by_depth.get(self.depth)
+        if states is None or not states.has(number):
+            return example
+        return example | {STATES: (states[number], states.dtype, self.depth)}
 
     def lengths(self, column: str) -> np.ndarray:
         """As the corpus has them."""
@@ -140,10 +149,11 @@ class CorpusWithStates(Sequence[Example]):
 
     def apart(self, numbers: Sequence[int]) -> list[list[int]]:
         """The examples whose states are known, and the others: what is batched together is left out together."""
-        if self.states.complete:
+        states = self._by_depth.get(self.depth)
+        if states is None or states.complete:
             return [list(numbers)]
-        known = [number for number in numbers if self.states.has(number)]
-        return [known, [number for number in numbers if not self.states.has(number)]]
+        known = [number for number in numbers if states.has(number)]
+        return [known, [number for number in numbers if not states.has(number)]]
 
 
 def make_room(cache: Path, most_bytes: int) -> int:

@@ -5,31 +5,26 @@ Planning needs names and shapes only, so a model on the meta device will do.
 
 from __future__ import annotations
 
-import difflib
-import re
-from collections.abc import Callable, Iterable
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
-from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import nn
 
-from llmkit.errors import ArtifactError, Problem, RecipeError, did_you_mean
+from llmkit.errors import ArtifactError, Problem, RecipeError
 from llmkit.model.anatomy import Anatomy, read_anatomy
+from llmkit.model.parts import Parts, counted, resolve_parts, some_of
 
-REGEX_PREFIX = "re:"
-GRAMMAR = '"0-19", "0-3,8,10-11", "all", "all but the last 4" or "none"'
+_HEAD_ALONE = 20  # percent of the steps of `head-first`
+_ALL_THAWED = 50  # percent of the steps after which `ulmfit` trains everything
 
 
 @dataclass(frozen=True)
-class FreezeRules:
-    """What a recipe says shall stand still. `patterns` are globs over parameter names, or `re:` and a regex."""
+class ThawRule:
+    """What a recipe says shall begin to move: `at` a share of the steps (`30%`) or after a number of them."""
 
-    blocks: str | None = None
-    embeddings: bool = False
-    head: bool = False
-    norms: bool = False
-    patterns: tuple[str, ...] = ()
+    at: str | int
+    parts: Parts
 
 
 @dataclass(frozen=True)
@@ -43,6 +38,12 @@ class FreezePlan:
     frozen_count: int
     trainable_count: int
     frozen_prefix_blocks: int  # leading blocks of the first stack that, with all that leads into them, stand still
+    thaws: tuple[dict[str, Any], ...] = ()  # what of `frozen` begins to move: `names`, `what` in words, and `at`
+
+    @property
+    def frozen_for_good(self) -> frozenset[str]:
+        """What never moves."""
+        return frozenset(self.frozen).difference(*(thaw["names"] for thaw in self.thaws))
 
     def to_json(self) -> dict[str, Any]:
         """The plan as freeze.json holds it."""
@@ -66,19 +67,30 @@ class FreezePlan:
         return FreezePlan(**plan)
 
 
-def plan_freeze(model: nn.Module, rules: FreezeRules) -> FreezePlan:
-    """Which parameters the rules freeze; tied weights are one tensor and stand still together.
+def plan_freeze(model: nn.Module, parts: Parts, unfreeze: str | Sequence[ThawRule] = ()) -> FreezePlan:
+    """Which parameters stand still, and what of them begins to move when; tied weights are one tensor and go together.
 
-    Raises RecipeError, with every mistake at once, for a block that does not exist, a rule or pattern that matches
-    nothing, and rules that leave nothing to train.
+    `unfreeze` is a list of what thaws, or the name of a schedule that begins with the head alone and ends with all but
+    `parts`: `head-first` thaws everything at 20 % of the steps; `ulmfit` thaws one block after the other, the last one
+    first, until half of the steps are done (Howard and Ruder, 2018: https://arxiv.org/abs/1801.06146). Raises
+    RecipeError, with every mistake at once, for a block that does not exist, a rule or pattern that matches nothing,
+    rules that leave nothing to train, and for thawing what does not stand still.
     """
     anatomy = read_anatomy(model)
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
-    matches, problems = _resolve(rules, anatomy, list(sizes))
-    _raise_all(problems)
     canonical = {alias: name for name, aliases in anatomy.tied.items() for alias in aliases}
+    matches, problems = resolve_parts(parts, anatomy, list(sizes), "freeze")
     named = {name for matched in matches.values() for name in matched[1]}
     stands_still = {canonical.get(name, name) for name in named}
+    if isinstance(unfreeze, str):
+        _raise_all(problems)
+        thaws = _preset(unfreeze, anatomy, list(sizes), stands_still)
+        stands_still = stands_still.union(*(thaw["names"] for thaw in thaws))
+        named |= stands_still
+        matches |= {f"{thaw['what']}, until {thaw['at']}": (unfreeze, thaw["names"]) for thaw in thaws}
+    else:
+        thaws, more = _thaws(unfreeze, anatomy, list(sizes), stands_still)
+        _raise_all([*problems, *more])
     frozen = tuple(name for name in sizes if name in stands_still)
     trainable = tuple(name for name in sizes if name not in stands_still)
     if not trainable:
@@ -92,7 +104,7 @@ def plan_freeze(model: nn.Module, rules: FreezeRules) -> FreezePlan:
     reasons = {}
     for rule, (what, matched) in matches.items():
         scalars = sum(sizes[name] for name in {canonical.get(name, name) for name in matched})
-        reasons[rule] = f"{what}, {_counted(scalars, 'parameter')}"
+        reasons[rule] = f"{what}, {counted(scalars, 'parameter')}"
     return FreezePlan(
         frozen=frozen,
         trainable=trainable,
@@ -101,124 +113,73 @@ def plan_freeze(model: nn.Module, rules: FreezeRules) -> FreezePlan:
         frozen_count=sum(sizes[name] for name in frozen),
         trainable_count=sum(sizes[name] for name in trainable),
         frozen_prefix_blocks=_frozen_prefix(anatomy, stands_still),
+        thaws=tuple(thaws),
     )
 
 
 def apply_freeze(model: nn.Module, plan: FreezePlan) -> None:
-    """Sets `requires_grad` as the plan says. Raises ArtifactError, changing nothing, when the plan is another model's."""
+    """Sets `requires_grad` of all that ever moves. Raises ArtifactError, changing nothing, when the plan is another model's."""
     names = {name for name, _ in model.named_parameters()}
     planned = {*plan.frozen, *plan.trainable}
     for what, odd in (("the model has no", planned - names), ("the plan says nothing of", names - planned)):
         if odd:
             raise ArtifactError(
                 "the freeze plan belongs to another model",
-                got=f"{what} {_some(sorted(odd))}",
+                got=f"{what} {some_of(sorted(odd))}",
                 hint="run `llmkit freeze` again for this model",
             )
-    frozen = set(plan.frozen)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name not in frozen)
+        parameter.requires_grad_(name not in plan.frozen_for_good)
 
 
-def _resolve(
-    rules: FreezeRules, anatomy: Anatomy, names: list[str]
-) -> tuple[dict[str, tuple[str, list[str]]], list[Problem]]:
-    """Each rule -> what it covers, in words, and the parameters it names; and every mistake in the rules."""
-    matches: dict[str, tuple[str, list[str]]] = {}
+def _thaws(
+    rules: Sequence[ThawRule], anatomy: Anatomy, names: list[str], stands_still: set[str]
+) -> tuple[list[dict[str, Any]], list[Problem]]:
+    """What thaws by the recipe's own list, and the mistakes in it."""
+    canonical = {alias: name for name, aliases in anatomy.tied.items() for alias in aliases}
+    thaws: list[dict[str, Any]] = []
     problems: list[Problem] = []
-    if rules.blocks is not None:
-        try:
-            numbers = _parse_blocks(rules.blocks, anatomy)
-        except RecipeError as error:
-            problems.extend(error.problems)
-        else:
-            covered = [name for number in numbers for name in anatomy.blocks[number]]
-            matches[f"blocks {rules.blocks.strip()}"] = (_counted(len(numbers), "block"), covered)
-    aliases = [alias for others in anatomy.tied.values() for alias in others]
-    parts: dict[str, tuple[bool, Iterable[str]]] = {
-        "embeddings": (rules.embeddings, anatomy.embeddings),
-        "head": (rules.head, (*anatomy.head, *anatomy.tied_head)),
-        "norms": (rules.norms, anatomy.norms),
-    }
-    for part, (wanted, covers) in parts.items():
-        covered = list(covers)
-        if wanted and not covered:
-            problems.append(Problem(f"this model has no {part}", hint=f"leave out `{part}`", where=f"freeze.{part}"))
-        elif wanted:
-            matches[part] = (_counted(len(covered), "tensor"), covered)
-    for pattern in rules.patterns:
-        try:
-            matching = _matcher(pattern)
-        except re.error as error:
-            problems.append(
-                Problem("a pattern is not a regular expression", pattern, hint=str(error), where="freeze.patterns")
-            )
-            continue
-        covered = [name for name in (*names, *aliases) if matching(name)]
-        if covered:
-            matches[f"pattern {pattern}"] = (_counted(len(covered), "tensor"), covered)
-        else:
-            problems.append(_nothing_matches(pattern, [*names, *aliases]))
-    return matches, problems
+    for number, rule in enumerate(rules):
+        where = f"freeze.unfreeze.{number}"
+        matches, more = resolve_parts(rule.parts, anatomy, names, where)
+        problems += more
+        given = {canonical.get(name, name) for _, matched in matches.values() for name in matched}
+        before = {name for thaw in thaws for name in thaw["names"]}
+        for what, odd in (("does not stand still", given - stands_still), ("thaws twice", given & before)):
+            if odd:
+                problems.append(
+                    Problem(
+                        f"`{', '.join(matches)}` {what}",
+                        got=some_of(sorted(odd)),
+                        expected="parts that `freeze` names, each once",
+                        where=where,
+                    )
+                )
+        if given:
+            thaws.append({"at": rule.at, "what": ", ".join(matches), "names": [n for n in names if n in given]})
+    return thaws, problems
 
 
-def _matcher(pattern: str) -> Callable[[str], bool]:
-    if pattern.startswith(REGEX_PREFIX):
-        expression = re.compile(pattern.removeprefix(REGEX_PREFIX))
-        return lambda name: expression.fullmatch(name) is not None
-    return lambda name: fnmatchcase(name, pattern)
-
-
-def _nothing_matches(pattern: str, names: list[str]) -> Problem:
-    close = difflib.get_close_matches(pattern.removeprefix(REGEX_PREFIX), names, n=3, cutoff=0.3)
-    return Problem(
-        "a pattern matches no parameter",
-        got=pattern,
-        expected="a glob over parameter names, or `re:` and a regular expression for whole names",
-        hint="the closest names are " + ", ".join(close) if close else "the first names are " + _some(names),
-        where="freeze.patterns",
-    )
-
-
-def _parse_blocks(text: str, anatomy: Anatomy) -> list[int]:
-    """The block numbers that `text` names, in order."""
-    count = len(anatomy.blocks)
-    words = " ".join(text.lower().split())
-    if words == "none":
-        return []
-    if count == 0:
-        raise _blocks_error("this model has no blocks", text, anatomy)
-    if words == "all":
-        return list(range(count))
-    if last := re.fullmatch(r"all but the last(?: (\d+))?", words):
-        kept = int(last[1] or 1)
-        if not 0 < kept < count:
-            raise _blocks_error(
-                "there are not so many blocks" if kept else "`last 0` leaves nothing out", text, anatomy
-            )
-        return list(range(count - kept))
-    numbers: list[int] = []
-    for part in words.split(","):
-        span = re.fullmatch(r"(\d+)(?: ?- ?(\d+))?", part.strip())
-        if span is None:
-            raise _blocks_error("blocks cannot be read", text, anatomy)
-        first, end = int(span[1]), int(span[2] or span[1])
-        if first > end:
-            raise _blocks_error(f"the range `{part.strip()}` runs backwards", text, anatomy)
-        if end >= count:
-            raise _blocks_error(f"there is no block {end}", text, anatomy)
-        if set(numbers) & set(range(first, end + 1)):
-            raise _blocks_error(f"`{part.strip()}` overlaps a range before it", text, anatomy)
-        numbers.extend(range(first, end + 1))
-    return sorted(numbers)
-
-
-def _blocks_error(what: str, text: str, anatomy: Anatomy) -> RecipeError:
-    count = len(anatomy.blocks)
-    stacks = " and ".join(f"{number} in {name}" for name, number in anatomy.stacks)
-    has = f"the model has {_counted(count, 'block')}" + (f", 0 to {count - 1} ({stacks})" if count else "")
-    hint = did_you_mean(text, ["all", "none", "all but the last"])
-    return RecipeError(what, got=text, expected=f"{GRAMMAR}; {has}", hint=hint, where="freeze.blocks")
+def _preset(preset: str, anatomy: Anatomy, names: list[str], stands_still: set[str]) -> list[dict[str, Any]]:
+    """What thaws by a schedule that has a name; never what the recipe freezes for good."""
+    head = {*anatomy.head, *anatomy.final}
+    waves = [("all but the head", [name for name in names if name not in head])]
+    shares = [float(_HEAD_ALONE)]
+    if preset == "ulmfit" and anatomy.blocks:
+        inside = {name for block in anatomy.blocks for name in block}
+        rest = [name for name in names if name not in head | inside]
+        last = len(anatomy.blocks) - 1
+        waves = [(f"block {last - number}", list(block)) for number, block in enumerate(reversed(anatomy.blocks))]
+        waves[-1] = ("block 0 and the embeddings", [*waves[-1][1], *rest])
+        shares = [_ALL_THAWED * (number + 1) / len(waves) for number in range(len(waves))]
+    moving = [
+        {"at": f"{share:g}%", "what": what, "names": [name for name in covered if name not in stands_still]}
+        for (what, covered), share in zip(waves, shares, strict=True)
+    ]
+    thaws = [thaw for thaw in moving if thaw["names"]]
+    if not thaws:
+        raise RecipeError("there is nothing to thaw", got=preset, hint="leave `unfreeze` out", where="freeze.unfreeze")
+    return thaws
 
 
 def _tied_notes(anatomy: Anatomy, named: set[str], stands_still: set[str]) -> tuple[str, ...]:
@@ -246,11 +207,3 @@ def _raise_all(problems: list[Problem]) -> None:
         raise RecipeError(
             first.what, got=first.got, expected=first.expected, hint=first.hint, where=first.where, problems=problems
         )
-
-
-def _counted(count: int, noun: str) -> str:
-    return f"{count:,} {noun}" + ("" if count == 1 else "s")
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -7,7 +7,7 @@ out of a forward pass. Nothing is believed of a family: a prefix is tried on the
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -32,10 +32,13 @@ _NOT_OF_THE_PREFIX = (
 )
 
 
-def frozen_prefix(model: nn.Module) -> int:
-    """How many leading blocks of the first stack stand still, together with all that leads into them."""
+def frozen_prefix(model: nn.Module, held: Collection[str] = ()) -> int:
+    """How many leading blocks of the first stack stand still, together with all that leads into them.
+
+    What is in `held` counts as frozen too.
+    """
     anatomy = read_anatomy(model)
-    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    frozen = {name for name, p in model.named_parameters() if not p.requires_grad or name in held}
     if not anatomy.stacks or not frozen.issuperset(anatomy.embeddings):
         return 0
     first = anatomy.blocks[: anatomy.stacks[0][1]]
@@ -92,44 +95,44 @@ def outputs_at(model: Any, depths: Sequence[int], forward: Callable[[], Any]) ->
 
 
 class Prefix:
-    """The first `depth` blocks of a model. While `states` are set, a forward pass has them in place of computing.
+    """The first `deepest` blocks of a model, all of which or some can be left out when the states after them are known.
 
     `parts` is the number of things that a block gives, of which the states are the first; 0 when it gives them alone.
     """
 
-    def __init__(self, model: Any, depth: int, parts: int = 0) -> None:
-        self.model, self.depth, self.parts = model, depth, parts
+    def __init__(self, model: Any, deepest: int, parts: int = 0) -> None:
+        self.model, self.deepest, self.parts = model, deepest, parts
+        self.depth = 0  # blocks that are left out now
         self.states: torch.Tensor | None = None
 
     @contextmanager
     def entered(self) -> Iterator[None]:
         """While entered, the prefix can be left out; the model's parameters keep their names."""
-        blocks = blocks_of(self.model)[: self.depth]
+        numbers = {block: number for number, block in enumerate(blocks_of(self.model)[: self.deepest])}
 
         def choose(module: nn.Module) -> nn.Module | None:
-            number = next((number for number, block in enumerate(blocks) if block is module), None)
-            return None if number is None else _Block(module, self, last=number == self.depth - 1)
+            return _Block(module, self, numbers[module]) if module in numbers else None
 
         with replaced_modules(self.model, choose):
             yield
 
     @contextmanager
-    def left_out(self, states: torch.Tensor | None) -> Iterator[None]:
-        """While entered, forward passes begin with these states, or compute all where they are None."""
-        self.states = states
+    def left_out(self, depth: int, states: torch.Tensor) -> Iterator[None]:
+        """While entered, forward passes begin with the states after `depth` blocks."""
+        self.depth, self.states = depth, states
         try:
             yield
         finally:
-            self.states = None
+            self.depth, self.states = 0, None
 
 
 class _Block(nn.Module):
     """Stands for a block of the prefix: computes as that does, unless the states that leave the prefix are known."""
 
-    def __init__(self, block: nn.Module, prefix: Prefix, *, last: bool) -> None:
+    def __init__(self, block: nn.Module, prefix: Prefix, number: int) -> None:
         super().__init__()
         self._modules, self._parameters, self._buffers = block._modules, block._parameters, block._buffers
-        self.__dict__.update(block=block, prefix=prefix, last=last)  # the block is not to be a module within
+        self.__dict__.update(block=block, prefix=prefix, number=number)  # the block is not to be a module within
 
     def __getattr__(self, name: str) -> Any:
         """What the block has: models ask their blocks for the kind of their attention."""
@@ -140,8 +143,8 @@ class _Block(nn.Module):
 
     def forward(self, *arguments: Any, **named: Any) -> Any:
         """The block's output."""
-        states = self.prefix.states
-        if states is None:
+        if self.number >= self.prefix.depth:
             return self.block(*arguments, **named)
-        hidden = states if self.last else (arguments[0] if arguments else named["hidden_states"])
+        given = arguments[0] if arguments else named["hidden_states"]
+        hidden = self.prefix.states if self.number == self.prefix.depth - 1 else given
         return (hidden, *[None] * (self.prefix.parts - 1)) if self.prefix.parts else hidden

@@ -37,6 +37,30 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+def _as_blocks(value: object) -> object:
+    """A block range; a single number may stand without quotes."""
+    if isinstance(value, list | dict | bool | float):
+        raise ValueError("should be text such as `0-19`, `0-3,8`, `all` or `all but the last 4`")
+    return str(value) if isinstance(value, int) else value
+
+
+class Parts(Section):
+    """Parts of a model."""
+
+    blocks: Annotated[str | None, BeforeValidator(_as_blocks)] = Field(
+        None, description="`0-19`, `0-3,8`, `all`, `all but the last 4`"
+    )
+    embeddings: bool = False
+    head: bool = False
+    norms: bool = False
+    patterns: tuple[str, ...] = Field((), description="globs over parameter names, or `re:` and a regular expression")
+
+    @property
+    def says_something(self) -> bool:
+        """True when it names a part."""
+        return self.blocks is not None or self.embeddings or self.head or self.norms or bool(self.patterns)
+
+
 RowFormat = Annotated[str, AfterValidator(named("row format"))]
 
 

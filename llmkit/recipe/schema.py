@@ -18,7 +18,7 @@ from pydantic import (
     model_validator,
 )
 
-from llmkit.recipe.fields import NO_RESULT, Bytes, RowFormat, Section, ShareOrCount, Sources, named
+from llmkit.recipe.fields import NO_RESULT, Bytes, Parts, RowFormat, Section, ShareOrCount, Sources, named
 from llmkit.recipe.training import Finetune, Pretrain
 from llmkit.recipe.values import is_share, share
 
@@ -67,23 +67,26 @@ class Data(Section):
         return value
 
 
-def _as_blocks(value: object) -> object:
-    """A block range; a single number may stand without quotes."""
-    if isinstance(value, list | dict | bool | float):
-        raise ValueError("should be text such as `0-19`, `0-3,8`, `all` or `all but the last 4`")
-    return str(value) if isinstance(value, int) else value
+class Thaw(Parts):
+    """What begins to move, and when."""
+
+    at: ShareOrCount = Field(description="a share of the steps, such as `30%`, or a number of them")
+
+    @model_validator(mode="after")
+    def _names_parts(self) -> Thaw:
+        if not self.says_something:
+            raise ValueError("thaws nothing: name blocks, embeddings, head, norms or patterns")
+        return self
 
 
-class Freeze(Section):
+class Freeze(Parts):
     """Which parameters stand still."""
 
-    blocks: Annotated[str | None, BeforeValidator(_as_blocks)] = Field(
-        None, description="`0-19`, `0-3,8`, `all`, `all but the last 4`"
+    unfreeze: tuple[Thaw, ...] | Literal["head-first", "ulmfit"] = Field(
+        (),
+        description="what thaws when, as `[{at: 30%, blocks: 20-29}]`; `head-first`: first the head alone, from 20 % of "
+        "the steps on all but what is frozen; `ulmfit`: one block after the other, the last one first",
     )
-    embeddings: bool = False
-    head: bool = False
-    norms: bool = False
-    patterns: tuple[str, ...] = Field((), description="globs over parameter names, or `re:` and a regular expression")
     dropout: bool = Field(False, description="leave dropout in frozen blocks, which else compute without")
     cache: bool | Literal["auto"] = Field(
         "auto",
@@ -99,7 +102,7 @@ class Freeze(Section):
 
     @model_validator(mode="after")
     def _says_something(self) -> Freeze:
-        if self.blocks is None and not (self.embeddings or self.head or self.norms or self.patterns):
+        if not self.says_something and not isinstance(self.unfreeze, str):
             raise ValueError("freezes nothing: name blocks, embeddings, head, norms or patterns, or leave it out")
         return self
 

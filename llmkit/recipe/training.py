@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
-from llmkit.recipe.fields import NO_RESULT, DurationOrSteps, Rate, Section, ShareOrCount, Sources, named
+from llmkit.recipe.fields import NO_RESULT, DurationOrSteps, Parts, Rate, Section, ShareOrCount, Sources, named
 
 
 class _Named(BaseModel):
@@ -43,6 +43,21 @@ class EarlyStopping(Section):
     min_delta: float = Field(0.0, ge=0, description="how much lower a loss must be to count as better")
 
 
+class PartRate(Parts):
+    """The peak rate of parts of the model."""
+
+    lr: float | None = Field(None, gt=0)
+    lr_scale: float | None = Field(None, gt=0, description="times the rate that they would have")
+
+    @model_validator(mode="after")
+    def _one_rate(self) -> PartRate:
+        if not self.says_something:
+            raise ValueError("names no part: give blocks, embeddings, head, norms or patterns")
+        if (self.lr is None) == (self.lr_scale is None):
+            raise ValueError("takes `lr` or `lr_scale`, one of the two")
+        return self
+
+
 class Training(Section):
     """What pretraining and fine-tuning have in common."""
 
@@ -77,6 +92,12 @@ class Training(Section):
     )
     ema: float | None = Field(
         None, gt=0, lt=1, description="decay of an average of the weights, such as 0.999, which becomes the model"
+    )
+    layer_decay: float | None = Field(
+        None, gt=0, le=1, description="each block learns at this share of the rate of the block above it"
+    )
+    rates: tuple[PartRate, ...] = Field(
+        (), description="rates of parts of the model, as `[{head: true, lr_scale: 10}, {blocks: 20-29, lr: 1.0e-5}]`"
     )
     schedule: Annotated[Schedule, BeforeValidator(_as_named)] = Schedule()
     warmup: ShareOrCount = Field("3%", description="of the steps, or a number of steps")

@@ -11,9 +11,11 @@ from llmkit.data.corpus import Corpus
 from llmkit.errors import ArtifactError, RecipeError
 from llmkit.files import read_json
 from llmkit.model.folder import weights_digest
-from llmkit.model.freezing import FreezeRules
+from llmkit.model.freezing import FreezePlan, ThawRule, plan_freeze
 from llmkit.model.loading import load_tokenizer
 from llmkit.model.location import locate
+from llmkit.model.parts import Parts
+from llmkit.recipe.fields import Parts as PartKeys
 from llmkit.recipe.schema import Recipe
 from llmkit.run.directory import Artifact, Run
 from llmkit.tasks.base import Task, TaskSettings
@@ -40,11 +42,18 @@ class Stage(Protocol):
         """Makes the artifact in `run.folder(name)`."""
 
 
-def freeze_rules(recipe: Recipe) -> FreezeRules:
-    """What the recipe says shall stand still."""
-    assert recipe.freeze is not None, "else there is nothing to resolve"
-    names = {field.name for field in fields(FreezeRules)}
-    return FreezeRules(**recipe.freeze.model_dump(include=names))
+def freeze_plan(recipe: Recipe, model: Any) -> FreezePlan:
+    """What the recipe says shall stand still of a model, which may be on the meta device. Raises RecipeError."""
+    keys = recipe.freeze
+    assert keys is not None, "else there is nothing to resolve"
+    given = keys.unfreeze
+    thaws = given if isinstance(given, str) else [ThawRule(thaw.at, parts_of(thaw)) for thaw in given]
+    return plan_freeze(model, parts_of(keys), thaws)
+
+
+def parts_of(keys: PartKeys) -> Parts:
+    """The parts of a model that some keys name."""
+    return Parts(**keys.model_dump(include={field.name for field in fields(Parts)}))
 
 
 def task_class(recipe: Recipe) -> type[Task]:

@@ -53,7 +53,9 @@ class Finetune:
         """Leaves `model/`; scores it on the held-out data with the task's metrics, without written answers."""
         job = self.job(recipe, run, model_before(recipe, run, self.name))
         if "freeze" in recipe.plan:
-            apply_freeze(job.model, FreezePlan.from_json(read_json(run.folder("freeze") / "freeze.json")))
+            plan = FreezePlan.from_json(read_json(run.folder("freeze") / "freeze.json"))
+            apply_freeze(job.model, plan)
+            job = replace(job, thaws=plan.thaws)
         artifact, fit = train_and_save(job)
         metrics = dict(artifact.metrics)
         held_out = job.held_out

@@ -6,11 +6,10 @@ from typing import Any
 
 from llmkit.errors import RecipeError
 from llmkit.files import digest_json, write_json
-from llmkit.model.freezing import plan_freeze
-from llmkit.model.loading import build_on_meta, load_config
+from llmkit.model.loading import build_on_meta, dropout_rates, load_config
 from llmkit.recipe.schema import Recipe, result_keys
 from llmkit.run.directory import Artifact, Run
-from llmkit.stages.base import freeze_rules, model_before, require_corpus, task_class, task_for
+from llmkit.stages.base import freeze_plan, model_before, require_corpus, task_class, task_for
 
 _VOLATILE = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
 
@@ -45,19 +44,29 @@ class Freeze:
         if task.shaped_by_data:
             corpus = require_corpus(run, "train", "data.train")
             config.update(task_for(recipe, run, corpus).model_changes(config))
-        plan = plan_freeze(build_on_meta(config, task.auto_class), freeze_rules(recipe))
+        plan = freeze_plan(recipe, build_on_meta(config, task.auto_class))
         folder = run.folder(self.name)
         write_json(folder / "freeze.json", plan.to_json())
         total = plan.frozen_count + plan.trainable_count
         rows: list[tuple[Any, ...]] = [(rule, what) for rule, what in plan.reasons.items()]
         rows.append(("stands still", f"{plan.frozen_count:,} parameters ({plan.frozen_count / total:.1%})"))
         rows.append(("is trained", f"{plan.trainable_count:,} parameters ({plan.trainable_count / total:.1%})"))
+        if not isinstance(recipe.freeze.unfreeze, str):
+            rows += [(thaw["what"], f"moves from {_when(thaw['at'])} on") for thaw in plan.thaws]
         run.reporter.table("freeze plan", ("rule", "what it takes"), rows)
         for note in plan.notes:
             run.reporter.note(note)
+        if plan.frozen and not recipe.freeze.dropout and any(dropout_rates(config).values()):
+            run.reporter.note("what stands still computes without dropout (freeze.dropout: true leaves it in)")
         metrics = {"frozen_parameters": plan.frozen_count, "trainable_parameters": plan.trainable_count}
-        content = digest_json([plan.frozen, plan.trainable, recipe.freeze.dropout, recipe.freeze.cache_precision])
+        content = digest_json(
+            [plan.frozen, plan.trainable, plan.thaws, recipe.freeze.dropout, recipe.freeze.cache_precision]
+        )
         return Artifact(self.name, folder / "freeze.json", content, (f"{self.name}/freeze.json",), metrics)
 
 
 STAGE = Freeze()
+
+
+def _when(at: str | int) -> str:
+    return f"step {at}" if isinstance(at, int) else f"{at} of the steps"

@@ -15,14 +15,14 @@ import torch
 from llmkit.data.corpus import Corpus, Example
 from llmkit.errors import RecipeError
 from llmkit.model.folder import VOCABULARIES, files_in
-from llmkit.model.freezing import apply_freeze, plan_freeze
+from llmkit.model.freezing import apply_freeze
 from llmkit.model.loading import build_on_meta, dropout_changes, load_config
 from llmkit.model.location import locate, locate_config
 from llmkit.model.precision import choose_precision, default_device
 from llmkit.recipe.schema import Recipe
 from llmkit.recipe.training import Training
 from llmkit.run.directory import Run
-from llmkit.stages.base import corpus_in, freeze_rules, pretraining_corpora, task_class, task_for
+from llmkit.stages.base import corpus_in, freeze_plan, pretraining_corpora, task_class, task_for
 from llmkit.stages.finetune import STAGE as FINETUNE
 from llmkit.stages.pipeline import run_stages
 from llmkit.stages.pretrain import STAGE as PRETRAIN
@@ -144,7 +144,7 @@ def _outline(recipe: Recipe, run: Run, stage: str) -> tuple[Outline, Corpus | No
     auto_class = task.auto_class if stage == "finetune" else "AutoModelForCausalLM"
     frozen: frozenset[str] = frozenset()
     if stage == "finetune" and recipe.freeze is not None:
-        frozen = frozenset(plan_freeze(build_on_meta(config, auto_class), freeze_rules(recipe)).frozen)
+        frozen = freeze_plan(recipe, build_on_meta(config, auto_class)).frozen_for_good
     length = getattr(training, "max_length", None) or recipe.data.max_length
     batch = training.batch_size or max(1, (training.batch_tokens or 8 * length) // length)
     device = default_device()
@@ -193,7 +193,7 @@ def _job(recipe: Recipe, run: Run, stage: str) -> TrainingJob:
         )
     job = FINETUNE.job(recipe, run, done if recipe.model is None else locate(recipe.model))
     if recipe.freeze is not None:
-        apply_freeze(job.model, plan_freeze(job.model, freeze_rules(recipe)))
+        apply_freeze(job.model, freeze_plan(recipe, job.model))
     return job
 
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 import os
 import shutil
 import time
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -13,6 +16,7 @@ from uuid import uuid4
 import numpy as np
 import torch
 
+from llmkit.data.batches import BatchOrder
 from llmkit.data.corpus import Corpus
 from llmkit.data.states import CorpusWithStates, States, StatesWriter, join_parts, make_room
 from llmkit.errors import ArtifactError, RecipeError
@@ -25,9 +29,12 @@ from llmkit.recipe.training import Training
 from llmkit.recipe.values import bytes_of
 from llmkit.run.directory import Run
 from llmkit.train.prefix import PrefixObjective, compute_states, try_prefix
+from llmkit.train.thaw import Thaw
 
+Corpora = tuple[Corpus, Corpus | None]  # to train on, and held out
 STATES_VERSION = 1  # raise it when the same prefix, corpus and precision come to give other states
 _PASSES_THAT_PAY = 1.5
+_LEAST_PASSES = 0.5  # over the data, at one depth
 _SHARE_OF_DISK = 0.25
 _EXAMPLES_TO_TRY = 4
 
@@ -178,18 +185,20 @@ def cache_bytes(keys: Freeze, folder: Path) -> int:
 
 
 def known_prefix(
-    cache: PrefixCache, training: Training, steps: int, batch: float, train: Corpus, held_out: Corpus | None
+    cache: PrefixCache, training: Training, order: BatchOrder, steps: int, thaws: Sequence[Thaw], corpora: Corpora
 ) -> tuple[Objective, Any, Any]:
     """The objective and the corpora to train on: with the states of the frozen prefix where that is exact and pays.
 
     Raises RecipeError when the recipe asks for the cache and there can be none.
     """
+    train, held_out = corpora
     plain = (cache.objective, train, held_out)
-    depth, wanted = frozen_prefix(cache.model), cache.keys.cache
-    if not depth or wanted is False:
+    wanted = cache.keys.cache
+    passes = {depth: taken / order.steps_per_epoch for depth, taken in _steps_at(cache.model, thaws, steps).items()}
+    depths = _worth_keeping(passes)
+    if not depths or wanted is False:
         return plain
-    why = _against(cache, training)
-    prefix = why or _tried(cache, train, depth)
+    prefix = _against(cache, training) or _tried(cache, train, max(depths))
     if isinstance(prefix, str):
         if wanted is True:
             raise RecipeError(
@@ -197,26 +206,48 @@ def known_prefix(
             )
         cache.run.guess("freeze.cache", False, prefix)
         return plain
-    passes = steps * batch / len(train)
+    going_over = sum(passed for depth, passed in passes.items() if depth)
     evaluations = 1 + (steps // training.eval_every if training.eval_every else 0)
-    found = {}
-    for name, corpus, times in (("train", train, passes), ("eval", held_out, evaluations)):
-        if corpus is None or not len(corpus):
-            continue
-        states = cache.find(corpus, depth)
-        if states is None and (wanted is True or times >= _PASSES_THAT_PAY):
-            what = "the training data" if name == "train" else "the held-out data"
-            states = cache.compute(corpus, [depth], what).get(depth)
-        elif states is not None:
-            cache.run.reporter.note(f"frozen prefix: the states of the {name} data are there from before")
-        if states is not None:
-            found[name] = CorpusWithStates(corpus, states)
+    found = []
+    for what, corpus, times in (("training", train, going_over), ("held-out", held_out, evaluations)):
+        pays = wanted is True or times >= _PASSES_THAT_PAY
+        states = _states(cache, corpus, depths, f"the {what} data", pays=pays) if corpus is not None else {}
+        found.append(CorpusWithStates(corpus, states) if corpus is not None and states else corpus)
+    known = any(isinstance(corpus, CorpusWithStates) for corpus in found)
     if wanted == "auto":
-        why = f"{depth} blocks stand still before the others, and {passes:.1f} passes go over the data"
-        cache.run.guess("freeze.cache", bool(found), why)
-    if not found:
-        return plain
-    return PrefixObjective(cache.objective, prefix), found.get("train", train), found.get("eval", held_out)
+        why = f"{max(depths)} blocks stand still before the others, and {going_over:.1f} passes go over the data"
+        cache.run.guess("freeze.cache", known, why)
+    return (PrefixObjective(cache.objective, prefix), found[0], found[1]) if known else plain
+
+
+def _states(cache: PrefixCache, corpus: Corpus, depths: list[int], what: str, *, pays: bool) -> dict[int, States]:
+    """Kept states by depth, and those that are not kept yet where that pays."""
+    found = {depth: states for depth in depths if (states := cache.find(corpus, depth)) is not None}
+    if found:
+        cache.run.reporter.note(f"frozen prefix: the states of {what} are there from before")
+    missing = [depth for depth in depths if depth not in found]
+    return found | (cache.compute(corpus, missing, what) if missing and pays and len(corpus) else {})
+
+
+def _steps_at(model: Any, thaws: Sequence[Thaw], steps: int) -> dict[int, int]:
+    """How many steps are taken on top of so many frozen blocks."""
+    found: dict[int, int] = defaultdict(int)
+    starts = sorted({0, *(thaw.step for thaw in thaws)})
+    for start, end in pairwise([*starts, steps]):
+        held = {name for thaw in thaws if thaw.step > start for name in thaw.names}
+        found[frozen_prefix(model, held)] += end - start
+    return found
+
+
+def _worth_keeping(passes: dict[int, float]) -> list[int]:
+    """The depths that half a pass over the data or more goes by, each with what is deeper and not kept itself."""
+    kept, waiting = [], 0.0
+    for depth in sorted(passes, reverse=True):
+        waiting += passes[depth]
+        if depth and waiting >= _LEAST_PASSES:
+            kept.append(depth)
+            waiting = 0.0
+    return kept
 
 
 def _against(cache: PrefixCache, training: Training) -> str | None:

@@ -7,19 +7,23 @@ does not wait for the training to end.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from llmkit.data.filters import build_filters
 from llmkit.errors import Problem, RecipeError
-from llmkit.model.freezing import plan_freeze
+from llmkit.model.freezing import apply_freeze
+from llmkit.model.groups import parameter_groups
 from llmkit.model.loading import build_on_meta, load_config
 from llmkit.model.location import locate
 from llmkit.optim import build_optimizer, build_schedule
 from llmkit.recipe.schema import Recipe
 from llmkit.recipe.training import Training
-from llmkit.stages.base import freeze_rules, task_class
+from llmkit.stages.base import freeze_plan, task_class
 from llmkit.stages.evaluate import wanted_metrics
+from llmkit.stages.training import rates_of
 
 
 def check_recipe(recipe: Recipe) -> None:
@@ -43,6 +47,10 @@ def _checks(recipe: Recipe) -> Iterator[Callable[[], Any]]:
         yield from _training_checks("pretrain", recipe.pretrain)
     if "finetune" in recipe.plan:
         yield from _training_checks("finetune", recipe.finetune)
+    for stage in ("pretrain", "finetune"):
+        section = getattr(recipe, stage)
+        if stage in recipe.plan and section is not None and section.rates and recipe.model is not None:
+            yield partial(_within, stage, partial(_check_rates, recipe, stage, section))
     if "freeze" in recipe.plan and "pretrain" in recipe.plan and recipe.model is not None:
         yield lambda: _check_freeze(recipe)  # without pretraining the freeze stage itself is early enough
     if "evaluate" in recipe.plan:
@@ -69,8 +77,18 @@ def _within(stage: str, check: Callable[[], Any]) -> None:
         ) from None
 
 
+def _check_rates(recipe: Recipe, stage: str, training: Training) -> None:
+    """Groups the parameters of the model that the recipe starts from."""
+    config = load_config(locate(str(recipe.model)))
+    model = build_on_meta(config, task_class(recipe).auto_class if stage == "finetune" else "AutoModelForCausalLM")
+    if stage == "finetune" and "freeze" in recipe.plan:
+        with suppress(RecipeError):  # which the freeze stage tells
+            apply_freeze(model, freeze_plan(recipe, model))
+    parameter_groups(model, rates_of(training, 1e-5), weight_decay=training.weight_decay)
+
+
 def _check_freeze(recipe: Recipe) -> None:
     """Plans the freezing of the model that pretraining goes on from; it has the same parts afterwards."""
     assert recipe.freeze is not None, "the schema asks for a section `freeze` when there is such a stage"
     config = load_config(locate(str(recipe.model)))
-    plan_freeze(build_on_meta(config, task_class(recipe).auto_class), freeze_rules(recipe))
+    freeze_plan(recipe, build_on_meta(config, task_class(recipe).auto_class))

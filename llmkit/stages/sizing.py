@@ -14,7 +14,7 @@ import torch
 from llmkit.data.batches import BatchOrder
 from llmkit.data.corpus import Example
 from llmkit.model.anatomy import blocks_of
-from llmkit.model.groups import parameter_groups
+from llmkit.model.groups import Rates, parameter_groups
 from llmkit.model.loading import build_on_meta
 from llmkit.model.objective import Objective, sizes
 from llmkit.optim import build_optimizer
@@ -125,7 +125,7 @@ def _memory(outline: Outline, model: Any, objective: Objective, part: list[int])
     """What one micro-batch takes; consumes the model."""
     batch = objective.collate([outline.examples[number] for number in part])
     training = outline.training
-    groups = parameter_groups(model, lr=1e-5, weight_decay=training.weight_decay)
+    groups = parameter_groups(model, Rates(1e-5), weight_decay=training.weight_decay)
 
     def optimizer(masters: Masters) -> torch.optim.Optimizer:
         name, options = training.optimizer.name, training.optimizer.options

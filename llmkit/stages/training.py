@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 import shutil
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,16 +17,15 @@ from llmkit.data.corpus import Corpus
 from llmkit.errors import RecipeError, did_you_mean
 from llmkit.files import write_json
 from llmkit.model.folder import weights_digest
-from llmkit.model.groups import parameter_groups
+from llmkit.model.groups import RateRule, Rates, parameter_groups
 from llmkit.model.objective import Objective
 from llmkit.model.precision import choose_precision
-from llmkit.model.prefix import still_modules
 from llmkit.optim import build_optimizer, build_schedule
 from llmkit.recipe.schema import Freeze, Recipe
 from llmkit.recipe.training import Training
 from llmkit.run.directory import Artifact, Run
 from llmkit.run.log import MetricsLog
-from llmkit.stages.base import relative_files
+from llmkit.stages.base import parts_of, relative_files
 from llmkit.stages.prefix import PrefixCache, known_prefix
 from llmkit.stages.sizing import Outline, Sizing, available_bytes, shape_computation, size_up
 from llmkit.tasks.base import Regularisation, Task
@@ -37,6 +37,7 @@ from llmkit.train.hooks.trackers import TrackersHook
 from llmkit.train.loop import Fit
 from llmkit.train.masters import Masters
 from llmkit.train.state import TrainState, seed_everything
+from llmkit.train.thaw import Thaw, thaws_at
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ class TrainingJob:
     train: Corpus
     held_out: Corpus | None
     freezes: Freeze | None = None  # what the recipe says of the part that stands still
+    thaws: tuple[dict[str, Any], ...] = ()  # the freeze plan's
 
 
 def train_and_save(job: TrainingJob) -> tuple[Artifact, Fit]:
@@ -78,6 +80,7 @@ def train_and_save(job: TrainingJob) -> tuple[Artifact, Fit]:
         {
             "precision": fit.precision,
             "learning_rate": job.lr,
+            "parameter_groups": _group_rows(fit.optimizer.param_groups),
             "processes": accelerator.num_processes,
             "device": torch.cuda.get_device_name() if accelerator.device.type == "cuda" else accelerator.device.type,
         },
@@ -100,13 +103,15 @@ def make_fit(job: TrainingJob, accelerator: Any) -> Fit:
     model = job.model.to(device)
     model.config.use_cache = False
     seed_everything(job.recipe.seed + accelerator.process_index)
-    groups = parameter_groups(model, lr=job.lr, weight_decay=training.weight_decay)
-    _show_groups(run, groups)
+    groups = parameter_groups(model, rates_of(training, job.lr), weight_decay=training.weight_decay)
+    columns = ("group", "tensors", "parameters", "peak rate", "weight decay")
+    run.reporter.table("parameter groups", columns, _group_rows(groups))
     objective = job.task.objective(model, regularisation_of(training))
     if objective.why_padded:
         run.guess(f"{job.stage}: padded batches", True, f"examples cannot be packed: {objective.why_padded}")
     masters = Masters(model, precision)
-    objective, train, held_out = _with_known_prefix(job, objective, precision, sizing, accelerator)
+    thaws = thaws_at(job.thaws, sizing.steps)
+    objective, train, held_out = _with_known_prefix(job, objective, precision, sizing, thaws, accelerator)
     shape_computation(model, training)
     options = training.optimizer.options
     return Fit(
@@ -124,19 +129,27 @@ def make_fit(job: TrainingJob, accelerator: Any) -> Fit:
         folder=run.folder(job.stage),
         fingerprint=run.stage(job.stage).get("fingerprint", ""),
         warn=run.reporter.warn,
-        still=still_modules(model) if job.freezes and not job.freezes.dropout else (),
+        frozen_dropout=job.freezes is None or job.freezes.dropout,
+        thaws=thaws,
+        note=run.reporter.note,
         state=TrainState(micro_batch_tokens=sizing.micro_batch_tokens),
     )
 
 
 def _with_known_prefix(
-    job: TrainingJob, objective: Objective, precision: str, sizing: Sizing, accelerator: Any
+    job: TrainingJob, objective: Objective, precision: str, sizing: Sizing, thaws: Sequence[Thaw], accelerator: Any
 ) -> tuple[Objective, Any, Any]:
     """The objective and the corpora, with what leaves the frozen blocks where that is kept."""
     if job.freezes is None:
         return objective, job.train, job.held_out
     cache = PrefixCache(job.freezes, job.run, objective, job.model, job.task.size_column, precision, accelerator)
-    return known_prefix(cache, job.training, sizing.steps, sizing.order.batch_size, job.train, job.held_out)
+    return known_prefix(cache, job.training, sizing.order, sizing.steps, thaws, (job.train, job.held_out))
+
+
+def rates_of(training: Training, lr: float) -> Rates:
+    """The peak rates that a recipe asks for, with `lr` as that of all it says nothing of."""
+    rules = [RateRule(parts_of(rule), rule.lr, rule.lr_scale or 1.0) for rule in training.rates]
+    return Rates(lr, training.layer_decay or 1.0, rules)
 
 
 def regularisation_of(training: Training) -> Regularisation:
@@ -206,11 +219,11 @@ def accelerator_for(training: Training, folder: Path, stage: str) -> Any:
     )
 
 
-def _show_groups(run: Run, groups: list[dict[str, Any]]) -> None:
-    rows = [
+def _group_rows(groups: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
+    """Name, tensors, parameters, peak rate and weight decay of each group."""
+    return [
         (g["group"], len(g["names"]), sum(p.numel() for p in g["params"]), g["lr"], g["weight_decay"]) for g in groups
     ]
-    run.reporter.table("parameter groups", ("group", "tensors", "parameters", "peak rate", "weight decay"), rows)
 
 
 def _hooks(job: TrainingJob, fit: Fit, accelerator: Any) -> list[Hook]:

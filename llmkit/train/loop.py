@@ -22,6 +22,7 @@ from llmkit.data.states import CorpusWithStates
 from llmkit.errors import DataError, DivergedError
 from llmkit.model.objective import Objective, to_device
 from llmkit.model.precision import autocast
+from llmkit.model.prefix import frozen_prefix, still_modules
 from llmkit.optim.schedules import Progress
 from llmkit.recipe.training import Training
 from llmkit.recipe.values import count_of, seconds_of
@@ -32,6 +33,7 @@ from llmkit.train.micro_batches import Feeder, cut_corpus
 from llmkit.train.signals import StopRequest
 from llmkit.train.state import TrainState
 from llmkit.train.step import Stepper
+from llmkit.train.thaw import Thaw, Thawing
 
 Schedule = Callable[[Progress], float]
 
@@ -54,7 +56,9 @@ class Fit:
     folder: Path
     fingerprint: str
     warn: Callable[[str], None]
-    still: tuple[str, ...] = ()  # modules that compute as in evaluation while the others train
+    frozen_dropout: bool = True  # what stands still computes with dropout too
+    thaws: tuple[Thaw, ...] = ()
+    note: Callable[[str], None] = lambda text: None
     eval_batch_size: int = 16
     state: TrainState = field(default_factory=TrainState)
 
@@ -81,6 +85,7 @@ class Fit:
             scaler,
             training.keep_checkpoints,
         )
+        self.thawing = Thawing(self.masters, self.thaws, self.note, self._thawed)
         processes, process = accelerator.num_processes, accelerator.process_index
         self.feeder = Feeder(self.train, self.order, self.objective, process, processes, training.micro_batch_size)
         self.stepper = Stepper(
@@ -143,13 +148,23 @@ class Fit:
     def train_mode(self) -> None:
         """The model as it trains: with dropout, but for what stands still."""
         self.model.train()
-        for path in self.still:
-            self.model.get_submodule(path).eval()
+        if not self.frozen_dropout:
+            for path in still_modules(self.model):
+                self.model.get_submodule(path).eval()
+
+    def _thawed(self) -> None:
+        """Takes in that more of the model moves."""
+        self.feeder.forget()
+        for corpus in (self.train, self.held_out):
+            if isinstance(corpus, CorpusWithStates):
+                corpus.descend(frozen_prefix(self.model))
+        self.train_mode()
 
     def _step(self, hooks: Sequence[Hook], stop: bool) -> bool:
         """One step; True when training is to stop after it."""
         started = time.perf_counter()
         step = self.state.step
+        self.thawing.begin(step)
         held_out = tuple(self.state.held_out_losses)
         multiplier = self.schedule(Progress(step, self.total_steps, self.warmup_steps, held_out))
         rates = [rate * multiplier for rate in self.base_rates]

@@ -7,7 +7,7 @@ et al., 2017: https://arxiv.org/abs/1710.03740). Otherwise the masters are the m
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -37,6 +37,7 @@ class Masters:
         }
         self.copied = [name for name in self._own if name in originals]
         self._touched: set[str] = set()
+        self._held: dict[str, torch.Tensor] = {}  # the gradients of what does not move yet
         self.gradients = torch.zeros(sum(p.numel() for p in self._own.values()), device=model.device)
         start = 0
         for name, weight in self.weights.items():
@@ -49,13 +50,27 @@ class Masters:
         """Parameter groups of the model as groups of its masters."""
         return [group | {"params": [self.weights[name] for name in group["names"]]} for group in groups]
 
+    def hold(self, names: Iterable[str]) -> None:
+        """Lets parameters stand still: they take no gradients, and the optimizer passes over them."""
+        for name in names:
+            weight = self.weights[name]
+            assert weight.grad is not None, "what is held is not held twice"
+            self._held[name], weight.grad = weight.grad, None
+            self._own[name].requires_grad_(False)
+
+    def let_go(self, names: Iterable[str]) -> None:
+        """Lets them move again."""
+        for name in names:
+            self._own[name].requires_grad_(True)
+            self.weights[name].grad = self._held.pop(name)
+
     def forget_gradients(self) -> None:
         """Begins a step anew."""
         self._touched.clear()
         for name, parameter in self._own.items():
-            if name in self.copied:
+            if name in self._cast:
                 parameter.grad = None
-            else:
+            elif name not in self._held:
                 self.weights[name].grad.zero_()  # type: ignore[union-attr]
 
     def gradient_norm(self) -> float:
@@ -66,7 +81,7 @@ class Masters:
     def finish_gradients(self) -> None:
         """Ends the backward passes of a step: what got no gradient in any of them has one of zeros."""
         for name in self.copied:
-            if name not in self._touched:
+            if name not in self._touched and name not in self._held:
                 self.weights[name].grad.zero_()  # type: ignore[union-attr]
 
     @torch.no_grad()

@@ -82,6 +82,12 @@ class Feeder:
         """True when this process has examples of its own in a step."""
         return len(self.order.batch(step)) > self.process
 
+    def forget(self) -> None:
+        """Drops what was prepared ahead."""
+        for ready in self._ahead.values():
+            ready.result()
+        self._ahead = {}
+
     def close(self) -> None:
         """Ends the thread that prepares."""
         self._worker.shutdown(wait=True, cancel_futures=True)

@@ -22,6 +22,7 @@ from llmkit.model.precision import autocast
 from llmkit.model.prefix import Prefix, outputs_at
 from llmkit.train.micro_batches import cut
 
+_DEPTH = "prefix_depth"
 _AT_ONCE = 2048  # tokens of a forward pass that fills the cache, on a CPU
 _AT_ONCE_ON_GPU = 16384
 
@@ -54,11 +55,11 @@ class PrefixObjective:
         batch = self.inner.collate(examples)
         if any(STATES not in example for example in examples):
             return batch
-        (first, dtype), *_ = [example[STATES] for example in examples]
+        (first, dtype, depth), *_ = [example[STATES] for example in examples]
         states = np.zeros((batch["input_ids"].numel(), first.shape[1]), first.dtype)
         for places, example in zip(batch["places"], examples, strict=True):
             states[places] = example[STATES][0]
-        return batch | {STATES: torch.from_numpy(states).view(getattr(torch, dtype))}
+        return batch | {STATES: torch.from_numpy(states).view(getattr(torch, dtype)), _DEPTH: depth}
 
     def count(self, batch: Batch) -> int:
         """As the objective within counts."""
@@ -66,12 +67,11 @@ class PrefixObjective:
 
     def loss(self, model: Any, batch: Batch) -> torch.Tensor:
         """The loss of the objective within."""
-        states = batch.get(STATES)
-        if states is not None:
-            shape = (*batch["input_ids"].shape, states.shape[-1])
-            states = states.to(next(model.parameters()).dtype).view(shape)
-        rest = {name: value for name, value in batch.items() if name != STATES}
-        with self.prefix.left_out(states):
+        rest = {name: value for name, value in batch.items() if name not in (STATES, _DEPTH)}
+        if STATES not in batch:
+            return self.inner.loss(model, rest)
+        states = batch[STATES].view(*batch["input_ids"].shape, -1)
+        with self.prefix.left_out(batch[_DEPTH], states.to(next(model.parameters()).dtype)):
             return self.inner.loss(model, rest)
 
 
@@ -93,7 +93,7 @@ def try_prefix(
         prefix = Prefix(model, depth, len(output) if isinstance(output, tuple) else 0)
         known = PrefixObjective(objective, prefix)
         with known.computing(), autocast(model.device, precision):
-            found = known.loss(model, batch | {STATES: states.flatten(0, 1)})
+            found = known.loss(model, batch | {STATES: states.flatten(0, 1), _DEPTH: depth})
     except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
         return str(error).partition("\n")[0]
     finally:

@@ -28,9 +28,10 @@ from transformers.utils import logging
 from llmkit.errors import ArtifactError
 from llmkit.model import gguf as gguf_module
 from llmkit.model.folder import tokenizer_digest, weights_digest
-from llmkit.model.freezing import FreezeRules, plan_freeze
+from llmkit.model.freezing import plan_freeze
 from llmkit.model.loading import build_from_config, build_on_meta, load_config, load_model, load_tokenizer
 from llmkit.model.location import locate
+from llmkit.model.parts import Parts
 
 SIZE = {
     "hidden_size": 16,
@@ -353,7 +354,7 @@ def test_a_huge_model_is_planned_without_its_weights() -> None:
     config = LlamaConfig(hidden_size=8192, num_hidden_layers=80, num_attention_heads=64, intermediate_size=28672)
     model = build_on_meta(config, LM)
     assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
-    plan = plan_freeze(model, FreezeRules(blocks="all but the last 4", embeddings=True))
+    plan = plan_freeze(model, Parts(blocks="all but the last 4", embeddings=True))
     assert plan.frozen_count + plan.trainable_count > 60e9
     assert plan.frozen_prefix_blocks == 76
 

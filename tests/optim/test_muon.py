@@ -10,7 +10,7 @@ from optimizer_cases import build, groups, take_steps, tensors
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from llmkit.errors import RecipeError
-from llmkit.model.groups import parameter_groups
+from llmkit.model.groups import Rates, parameter_groups
 from llmkit.optim import build_optimizer
 
 SIZE = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32, "vocab_size": 40}
@@ -23,7 +23,7 @@ def algorithms(optimizer: torch.optim.Optimizer) -> dict[str, str]:
 @pytest.mark.parametrize("tied", [True, False])
 def test_the_matrices_of_the_blocks_are_muons(tied: bool) -> None:
     model = AutoModelForCausalLM.from_config(LlamaConfig(**SIZE, tie_word_embeddings=tied))
-    optimizer = build_optimizer("muon", parameter_groups(model, lr=0.1, weight_decay=0.2), lr=0.1, options={})
+    optimizer = build_optimizer("muon", parameter_groups(model, Rates(0.1), weight_decay=0.2), lr=0.1, options={})
     found = algorithms(optimizer)
     assert found.keys() == dict(model.named_parameters()).keys()
     for name, parameter in model.named_parameters():

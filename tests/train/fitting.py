@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, PretrainedConfig, PreTrainedModel
 
 from llmkit.data.corpus import Column, Corpus, CorpusWriter
-from llmkit.model.groups import parameter_groups
+from llmkit.model.groups import Rates, parameter_groups
 from llmkit.optim import build_optimizer, build_schedule
 from llmkit.recipe.training import Training
 from llmkit.run.log import MetricsLog, read_metrics
@@ -118,7 +118,7 @@ def make_fit(folder: Path, train: Corpus, held_out: Corpus | None = None, **give
     model = own["model"] if own["model"] is not None else tiny_model()
     accelerator = own["accelerator"] or Accelerator(cpu=True)
     seed_everything(own["seed"] + accelerator.process_index)
-    groups = parameter_groups(model, lr=own["lr"], weight_decay=training.weight_decay)
+    groups = parameter_groups(model, Rates(own["lr"]), weight_decay=training.weight_decay)
     options = training.optimizer.options
     objective = (own["task"] or tiny_task()).objective(
         model, Regularisation(training.label_smoothing, training.neftune_alpha)

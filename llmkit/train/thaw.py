@@ -1,0 +1,62 @@
+"""Gradual unfreezing: parts of a model that stand still until a step of their own.
+
+What has thawed is a function of the step alone, so that a training can be resumed anywhere. The optimizer first hears of
+a parameter when it thaws, and counts its steps from there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from llmkit.errors import RecipeError
+from llmkit.recipe.values import count_of
+from llmkit.train.masters import Masters
+
+
+@dataclass(frozen=True)
+class Thaw:
+    """The parameters `names` move from the 0-based `step` on."""
+
+    step: int
+    what: str
+    names: tuple[str, ...]
+
+
+def thaws_at(planned: Sequence[dict[str, Any]], total_steps: int) -> tuple[Thaw, ...]:
+    """A freeze plan's thaws in the order of their steps. Raises RecipeError for one after the last step."""
+    thaws = [Thaw(count_of(thaw["at"], total_steps), thaw["what"], tuple(thaw["names"])) for thaw in planned]
+    for late in (thaw for thaw in thaws if thaw.step >= total_steps):
+        raise RecipeError(
+            f"{late.what} would never thaw",
+            got=f"at step {late.step} of {total_steps}",
+            expected=f"a step before {total_steps}, or a share below 100%",
+            where="freeze.unfreeze",
+        )
+    return tuple(sorted(thaws, key=lambda thaw: thaw.step))
+
+
+@dataclass
+class Thawing:
+    """Holds what has not thawed yet; `changed` is called after something has."""
+
+    masters: Masters
+    thaws: tuple[Thaw, ...]
+    note: Callable[[str], None]
+    changed: Callable[[], None] = lambda: None
+    _done: int = field(default=0, init=False)
+
+    def __post_init__(self) -> None:
+        for thaw in self.thaws:
+            self.masters.hold(thaw.names)
+
+    def begin(self, step: int) -> None:
+        """Lets go of everything that moves in a 0-based step."""
+        due = [thaw for thaw in self.thaws[self._done :] if thaw.step <= step]
+        for thaw in due:
+            self.masters.let_go(thaw.names)
+            self.note(f"step {step + 1}: {thaw.what} thaws, {len(thaw.names)} tensors")
+        self._done += len(due)
+        if due:
+            self.changed()
