@@ -74,7 +74,41 @@ def _add_stage_command(name: str) -> None:
 
 
 for _name in _STAGE_HELP:
-    _add_stage_command(_name)
+    if _name != "freeze":
+        _add_stage_command(_name)
+
+
+@app.command(help=_STAGE_HELP["freeze"])
+def freeze(
+    recipe: Annotated[
+        str | None, typer.Argument(metavar="RECIPE|MODEL", help="A recipe (YAML), a run directory, or a model's URI")
+    ] = None,
+    model: options.Model = None,
+    data: options.Data = None,
+    eval_data: options.EvalData = None,
+    task: options.Task = None,
+    out: options.Out = None,
+    set_: options.Set = None,
+    seed: options.Seed = None,
+    sweep: Annotated[
+        bool,
+        typer.Option("--sweep", help="freeze.blocks: auto: try several depths on the data, and recommend one"),
+    ] = False,
+    resume: options.Resume = True,
+    dry_run: options.DryRun = False,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
+) -> None:
+    from llmkit.cli.recipes import Flags, recipe_or_model
+    from llmkit.cli.stages import StageCommand
+
+    path, found = recipe_or_model(recipe)
+    if model and found:
+        raise typer.BadParameter(f"a model is given twice: {found} and --model {model}")
+    settings = (*(set_ or ()), *(("freeze.blocks=auto",) if sweep else ()))
+    flags = Flags(path, model or found, data, eval_data, task, out, settings, seed)
+    StageCommand("freeze", flags, resume=resume, as_json=as_json, quiet=quiet, verbose=verbose).execute(dry_run=dry_run)
 
 
 @app.command(help="Show rows as the model will see them, token by token.")

@@ -92,6 +92,15 @@ def _refuse_trained(out: Path | None, command: str) -> None:
         )
 
 
+def recipe_or_model(text: str | None) -> tuple[Path | None, str | None]:
+    """What one argument names: a recipe (YAML or a run directory), or else a model."""
+    if text is None:
+        return None, None
+    path = Path(text)
+    is_recipe = path.suffix in (".yaml", ".yml") or (path / "run.json").is_file()
+    return (path, None) if is_recipe else (None, text)
+
+
 def run_directory(flags: Flags, recipe: Recipe) -> Path:
     """Where the run is kept: --out, or the directory that the recipe lies in when a run wrote it, or runs/NAME."""
     if flags.out is not None:
@@ -117,6 +126,8 @@ def _defaults(flags: Flags, command: str, settings: list[Override], reporter: Re
         stages = (
             list(_STAGES_OF[command]) if data is not None or command != "plan" else ["export"]
         )  # which need no data
+        if command == "freeze" and given.get("freeze.blocks") == "auto":
+            stages.insert(0, "preprocess")
         if "freeze" in sections and "finetune" in stages:
             stages.insert(stages.index("finetune"), "freeze")
         defaults.append(Override("stages", stages, command))
@@ -134,7 +145,7 @@ def _refuse_gaps(flags: Flags, command: str, given: Mapping[str, Any], *, has_da
     """Raises UsageError when the flags do not say what to work on, before anything is made of them."""
     has_model = flags.model is not None or "model" in given or any("architecture" in key for key in given)
     needed = [("--model", "M", has_model)]
-    if command not in ("freeze", "export", "plan"):
+    if command not in ("freeze", "export", "plan") or given.get("freeze.blocks") == "auto":
         needed.append(("--data", "rows.jsonl", has_data or "data" in given))
     missing = [flag for flag, _, there in needed if not there]
     if missing:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections.abc import Sequence
+import time
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,12 @@ import numpy as np
 
 from llmkit.data.corpus import Corpus, Example
 from llmkit.errors import ArtifactError
-from llmkit.files import digest_file, read_json, write_json
+from llmkit.files import digest_file, digest_json, read_json, write_json
 
 FORMAT = 1
 STATES = "prefix_states"  # of an example: its states, what PyTorch calls their numbers, and their depth
 _MANIFEST, _INDEX = "states.json", "index.npy"
+_ABANDONED = 86400.0  # seconds
 _NUMPY = {"bfloat16": "int16", "float16": "float16", "float32": "float32"}
 
 
@@ -69,9 +71,8 @@ def join_parts(folder: Path, parts: int, meta: dict[str, Any]) -> None:
     assert kind is not None, "some part has an example"
     np.save(folder / _INDEX, index)
     digests[_INDEX] = digest_file(folder / _INDEX)
-    write_json(
-        folder / _MANIFEST, {"format": FORMAT, "dtype": kind[0], "width": kind[1], "sha256": digests, "meta": meta}
-    )
+    manifest = {"format": FORMAT, "dtype": kind[0], "width": kind[1], "sha256": digests, "meta": meta}
+    write_json(folder / _MANIFEST, manifest | {"self": digest_json(manifest)})
 
 
 class States:
@@ -79,21 +80,26 @@ class States:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        manifest = read_json(folder / _MANIFEST)
-        for name, expected in manifest.get("sha256", {}).items():
-            found = digest_file(folder / name) if (folder / name).is_file() else "no file"
+        try:
+            self._open(read_json(folder / _MANIFEST))
+        except (KeyError, TypeError, ValueError, OSError) as error:
+            raise ArtifactError("kept hidden states are damaged", got=repr(error), where=folder) from None
+
+    def _open(self, manifest: dict[str, Any]) -> None:
+        if manifest["format"] != FORMAT:
+            raise ArtifactError("hidden states of another llmkit", got=manifest["format"], expected=str(FORMAT))
+        said = {key: value for key, value in manifest.items() if key != "self"}
+        for name, expected in {**manifest["sha256"], _MANIFEST: manifest["self"]}.items():
+            path = self.folder / name
+            found = digest_json(said) if name == _MANIFEST else digest_file(path) if path.is_file() else "no file"
             if found != expected:
-                raise ArtifactError(
-                    "a file of kept hidden states is damaged", got=found, expected=expected, where=folder / name
-                )
-        if manifest.get("format") != FORMAT:
-            raise ArtifactError("hidden states of another llmkit", got=manifest.get("format"), expected=str(FORMAT))
+                raise ArtifactError("kept hidden states are damaged", got=found, expected=expected, where=path)
         self.dtype: str = manifest["dtype"]
         self.meta: dict[str, Any] = manifest["meta"]
-        self._index = np.load(folder / _INDEX)
+        self._index = np.load(self.folder / _INDEX)
         names = sorted(name for name in manifest["sha256"] if name != _INDEX)
-        self._parts = [self._map(folder / name, manifest["width"]) for name in names]
-        os.utime(folder / _MANIFEST)  # used now: `make_room` takes the oldest first
+        self._parts = [self._map(self.folder / name, manifest["width"]) for name in names]
+        os.utime(self.folder / _MANIFEST)  # used now: `make_room` takes the oldest first
 
     def _map(self, path: Path, width: int) -> np.ndarray:
         kind = _NUMPY[self.dtype]
@@ -156,14 +162,17 @@ class CorpusWithStates(Sequence[Example]):
         return [known, [number for number in numbers if not states.has(number)]]
 
 
-def make_room(cache: Path, most_bytes: int) -> int:
-    """Removes the states used longest ago until the others take `most_bytes` at most; gives how many it removed.
+def make_room(cache: Path, most_bytes: int, keep: Collection[Path]) -> int:
+    """Removes the states used longest ago until all but `keep` take `most_bytes` at most; gives how many it removed.
 
     Whoever still reads what is removed goes on doing so: a file lives as long as it is open.
     """
-    found = [path.parent for path in cache.glob(f"*/{_MANIFEST}")]
-    oldest = sorted(found, key=lambda folder: (folder / _MANIFEST).stat().st_mtime)
-    sizes = {folder: sum(file.stat().st_size for file in folder.iterdir()) for folder in oldest}
+    for left_over in cache.glob(".*-*"):  # by computations that were killed
+        if time.time() - _changed(left_over) > _ABANDONED:
+            shutil.rmtree(left_over, ignore_errors=True)
+    found = [path.parent for path in cache.glob(f"*/{_MANIFEST}") if path.parent not in keep]
+    oldest = sorted(found, key=lambda folder: _changed(folder / _MANIFEST))
+    sizes = {folder: folder_bytes(folder) for folder in oldest}
     removed = 0
     for folder in oldest:
         if sum(sizes.values()) <= most_bytes:
@@ -172,6 +181,16 @@ def make_room(cache: Path, most_bytes: int) -> int:
         del sizes[folder]
         removed += 1
     return removed
+
+
+def _changed(path: Path) -> float:
+    """When; 0 for what another process has just removed."""
+    return path.stat().st_mtime if path.exists() else 0.0
+
+
+def folder_bytes(folder: Path) -> int:
+    """What a folder's files take."""
+    return sum(file.stat().st_size for file in folder.glob("*") if file.exists())
 
 
 def _part(number: int) -> str:

@@ -34,7 +34,7 @@ def resolve_parts(
     problems: list[Problem] = []
     if parts.blocks is not None:
         try:
-            numbers = _parse_blocks(parts.blocks, anatomy, where)
+            numbers = blocks_named(parts.blocks, anatomy, where)
         except RecipeError as error:
             problems.extend(error.problems)
         else:
@@ -86,7 +86,7 @@ def _nothing_matches(pattern: str, names: list[str], where: str) -> Problem:
     )
 
 
-def _parse_blocks(text: str, anatomy: Anatomy, where: str) -> list[int]:
+def blocks_named(text: str, anatomy: Anatomy, where: str) -> list[int]:
     """The block numbers that `text` names, in order."""
     count = len(anatomy.blocks)
     words = " ".join(text.lower().split())

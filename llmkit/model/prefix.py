@@ -19,17 +19,7 @@ from llmkit.model.anatomy import blocks_of, entry_modules, read_anatomy
 from llmkit.model.replacement import replaced_modules
 
 # What of a config changes nothing before the head, or only while training
-_NOT_OF_THE_PREFIX = (
-    "label",
-    "dropout",
-    "pdrop",
-    "_name_or_path",
-    "architectures",
-    "version",
-    "dtype",
-    "cache",
-    "token_id",
-)
+_NOT_OF_THE_PREFIX = ("label", "drop", "_name_or_path", "architectures", "version", "dtype", "cache", "bos_", "eos_")
 
 
 def frozen_prefix(model: nn.Module, held: Collection[str] = ()) -> int:
@@ -45,11 +35,15 @@ def frozen_prefix(model: nn.Module, held: Collection[str] = ()) -> int:
     return next((number for number, block in enumerate(first) if not frozen.issuperset(block)), len(first))
 
 
-def still_modules(model: nn.Module) -> tuple[str, ...]:
-    """The paths of what stands still as a whole: frozen blocks, and with a frozen prefix what leads into it."""
+def still_modules(model: nn.Module, depth: int | None = None) -> tuple[str, ...]:
+    """The paths of what stands still as a whole: frozen blocks, and with a frozen prefix what leads into it.
+
+    With a `depth`, as if so many blocks and what leads into them stood still.
+    """
     paths = {id(module): path for path, module in model.named_modules()}
-    blocks = [block for block in blocks_of(model) if not any(p.requires_grad for p in block.parameters())]
-    entry = entry_modules(model) if frozen_prefix(model) else []
+    frozen = [block for block in blocks_of(model) if not any(p.requires_grad for p in block.parameters())]
+    blocks = frozen if depth is None else blocks_of(model)[:depth]
+    entry = entry_modules(model) if depth or frozen_prefix(model) else []
     return tuple(paths[id(module)] for module in [*entry, *blocks])
 
 

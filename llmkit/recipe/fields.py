@@ -9,10 +9,11 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from llmkit import catalog
 from llmkit.errors import did_you_mean
-from llmkit.recipe.values import bytes_or_auto, duration_or_steps, rate_or_auto, share_or_count
+from llmkit.recipe.values import bytes_or_auto, duration, duration_or_steps, rate_or_auto, share_or_count
 
 NO_RESULT: dict[str, Any] = {"changes_result": False}
 ShareOrCount = Annotated[str | int, PlainValidator(share_or_count, json_schema_input_type=str | int)]
+Duration = Annotated[str, PlainValidator(duration, json_schema_input_type=str)]
 DurationOrSteps = Annotated[str | int, PlainValidator(duration_or_steps, json_schema_input_type=str | int)]
 Bytes = Annotated[str | int, PlainValidator(bytes_or_auto, json_schema_input_type=str | int)]
 Rate = Annotated[float | Literal["auto"], PlainValidator(rate_or_auto, json_schema_input_type=float | Literal["auto"])]
@@ -37,7 +38,7 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-def _as_blocks(value: object) -> object:
+def as_blocks(value: object) -> object:
     """A block range; a single number may stand without quotes."""
     if isinstance(value, list | dict | bool | float):
         raise ValueError("should be text such as `0-19`, `0-3,8`, `all` or `all but the last 4`")
@@ -47,8 +48,9 @@ def _as_blocks(value: object) -> object:
 class Parts(Section):
     """Parts of a model."""
 
-    blocks: Annotated[str | None, BeforeValidator(_as_blocks)] = Field(
-        None, description="`0-19`, `0-3,8`, `all`, `all but the last 4`"
+    blocks: Annotated[str | None, BeforeValidator(as_blocks)] = Field(
+        None,
+        description="`0-19`, `0-3,8`, `all`, `all but the last 4`; to freeze also `auto`: by trying several depths",
     )
     embeddings: bool = False
     head: bool = False

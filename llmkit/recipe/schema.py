@@ -18,7 +18,7 @@ from pydantic import (
     model_validator,
 )
 
-from llmkit.recipe.fields import NO_RESULT, Bytes, Parts, RowFormat, Section, ShareOrCount, Sources, named
+from llmkit.recipe.fields import NO_RESULT, Bytes, Duration, Parts, RowFormat, Section, ShareOrCount, Sources, named
 from llmkit.recipe.training import Finetune, Pretrain
 from llmkit.recipe.values import is_share, share
 
@@ -82,6 +82,9 @@ class Thaw(Parts):
 class Freeze(Parts):
     """Which parameters stand still."""
 
+    budget: Duration | None = Field(
+        None, description="time for `blocks: auto`, such as 10min; depths that would go beyond it are not tried"
+    )
     unfreeze: tuple[Thaw, ...] | Literal["head-first", "ulmfit"] = Field(
         (),
         description="what thaws when, as `[{at: 30%, blocks: 20-29}]`; `head-first`: first the head alone, from 20 % of "
@@ -100,10 +103,19 @@ class Freeze(Parts):
     )
     cache_precision: Literal["auto", "bf16"] = Field("auto", description="auto: as the states are; bf16: half of fp32")
 
+    @property
+    def by_evidence(self) -> bool:
+        """True when trainings at several depths are to tell what to freeze."""
+        return self.blocks == "auto"
+
     @model_validator(mode="after")
     def _says_something(self) -> Freeze:
         if not self.says_something and not isinstance(self.unfreeze, str):
             raise ValueError("freezes nothing: name blocks, embeddings, head, norms or patterns, or leave it out")
+        if self.by_evidence and (self.embeddings or self.head or self.norms or self.patterns or self.unfreeze):
+            raise ValueError("`blocks: auto` finds out what to freeze: leave out the other parts, and `unfreeze`")
+        if self.budget is not None and not self.by_evidence:
+            raise ValueError("`budget` is for `blocks: auto`")
         return self
 
 
@@ -175,6 +187,8 @@ class Recipe(Section):
             mistakes.append("has the stage `pretrain`, but no `pretrain:` section")
         if self.freeze is None and "freeze" in self.stages:
             mistakes.append("has the stage `freeze`, but no `freeze:` section")
+        if self.freeze is not None and self.freeze.by_evidence and "freeze" in self.plan and self.data.train is None:
+            mistakes.append("has `freeze.blocks: auto`, but no `data.train` to try depths on")
         mistakes += self._data_that_lacks()
         if mistakes:
             raise ValueError("\n".join(mistakes))

@@ -6,7 +6,17 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
-from llmkit.recipe.fields import NO_RESULT, DurationOrSteps, Parts, Rate, Section, ShareOrCount, Sources, named
+from llmkit.recipe.fields import (
+    NO_RESULT,
+    DurationOrSteps,
+    Parts,
+    Rate,
+    Section,
+    ShareOrCount,
+    Sources,
+    as_blocks,
+    named,
+)
 
 
 class _Named(BaseModel):
@@ -161,8 +171,30 @@ class Pretrain(Training):
         return value
 
 
+class Adapter(Section):
+    """Small matrices that learn beside the products of blocks that stand still."""
+
+    name: Literal["lora", "rslora", "dora"] = "lora"
+    rank: int = Field(16, gt=0)
+    alpha: int = Field(32, gt=0, description="the adapter counts alpha / rank times, with rslora alpha / sqrt(rank)")
+    dropout: float = Field(0.0, ge=0, lt=1, description="of what goes into an adapter")
+    targets: Literal["attention", "mlp", "all"] = Field("all", description="which linear layers of a block")
+    blocks: Annotated[str | None, BeforeValidator(as_blocks)] = Field(
+        None, description="blocks that get adapters; all that `freeze` does not name when absent"
+    )
+    start: str | None = Field(
+        None,
+        min_length=1,
+        description="an adapter to go on from: a folder with adapter_config.json, which says all else",
+    )
+
+
 class Finetune(Training):
     """Learning the task, gently."""
+
+    adapter: Annotated[Adapter | None, BeforeValidator(_as_named)] = Field(
+        None, description="lora, rslora or dora, or a mapping with `name` and options"
+    )
 
     lr: Rate = Field("auto", description="the parent's peak rate times lr_scale, or a number")
     lr_scale: float = Field(0.1, gt=0)

@@ -68,6 +68,13 @@ def count_of(value: str | int, total: int) -> int:
     return int(share(value) * total) if isinstance(value, str) else value
 
 
+def duration(value: object) -> str:
+    """Checks a time (`10min`, `90s`, `1h`); returns it as it is."""
+    if isinstance(value, str) and _DURATION.match(value):
+        return value
+    raise ValueError("should be a time such as `10min`, `90s` or `1h`")
+
+
 def duration_or_steps(value: object) -> str | int:
     """Checks a value that is either a time (`10min`, `90s`, `1h`) or a whole number of steps; returns it as it is."""
     if isinstance(value, int) and not isinstance(value, bool) and value > 0:

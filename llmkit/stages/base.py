@@ -10,6 +10,7 @@ from llmkit import catalog
 from llmkit.data.corpus import Corpus
 from llmkit.errors import ArtifactError, RecipeError
 from llmkit.files import read_json
+from llmkit.model.adapters import AdapterRules
 from llmkit.model.folder import weights_digest
 from llmkit.model.freezing import FreezePlan, ThawRule, plan_freeze
 from llmkit.model.loading import load_tokenizer
@@ -17,16 +18,21 @@ from llmkit.model.location import locate
 from llmkit.model.parts import Parts
 from llmkit.recipe.fields import Parts as PartKeys
 from llmkit.recipe.schema import Recipe
+from llmkit.recipe.training import Adapter
 from llmkit.run.directory import Artifact, Run
 from llmkit.tasks.base import Task, TaskSettings
 
 
 class Stage(Protocol):
-    """One step of the pipeline. `distributed` stages run in every process, the others in the first."""
+    """One step of the pipeline. `distributed` stages run in every process, the others in the first.
+
+    What a stage that `resumes` left unfinished is there when it runs again on the same inputs.
+    """
 
     name: str
     version: int  # raised when the same inputs come to give something else, so that old artifacts are made again
     trains: bool
+    resumes: bool
     distributed: bool
 
     def needs(self, recipe: Recipe) -> tuple[str, ...]:
@@ -42,13 +48,40 @@ class Stage(Protocol):
         """Makes the artifact in `run.folder(name)`."""
 
 
-def freeze_plan(recipe: Recipe, model: Any) -> FreezePlan:
-    """What the recipe says shall stand still of a model, which may be on the meta device. Raises RecipeError."""
+def freeze_plan(recipe: Recipe, model: Any, run: Run | None = None) -> FreezePlan:
+    """What the recipe says shall stand still of a model, which may be on the meta device. Raises RecipeError.
+
+    With `blocks: auto` that is what the run's sweep chose, or nothing as long as there was none.
+    """
     keys = recipe.freeze
     assert keys is not None, "else there is nothing to resolve"
+    if keys.by_evidence:
+        chosen = run.folder("freeze") / "freeze.json" if run is not None and run.is_done("freeze") else None
+        return plan_freeze(model, Parts()) if chosen is None else FreezePlan.from_json(read_json(chosen))
     given = keys.unfreeze
     thaws = given if isinstance(given, str) else [ThawRule(thaw.at, parts_of(thaw)) for thaw in given]
     return plan_freeze(model, parts_of(keys), thaws)
+
+
+def adapter_rules(keys: Adapter) -> AdapterRules:
+    """What the recipe says of adapters. Raises ArtifactError where there is none to start from."""
+    return AdapterRules(
+        **keys.model_dump(exclude={"start"}), start=None if keys.start is None else _adapter(keys.start)
+    )
+
+
+def _adapter(uri: str) -> Path:
+    """The folder of an adapter: itself, or what a run left."""
+    path = Path(uri).expanduser()
+    found = path / "finetune" / "adapter" if (path / "run.json").is_file() else path
+    if not (found / "adapter_config.json").is_file():
+        raise ArtifactError(
+            "there is no adapter",
+            got=uri,
+            expected="a folder with adapter_config.json, or a run that trained adapters",
+            where="finetune.adapter.start",
+        )
+    return found
 
 
 def parts_of(keys: PartKeys) -> Parts:

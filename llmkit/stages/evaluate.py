@@ -27,6 +27,7 @@ class Evaluate:
     name = "evaluate"
     version = 1
     trains = False
+    resumes = False
     distributed = False
 
     def needs(self, recipe: Recipe) -> tuple[str, ...]:

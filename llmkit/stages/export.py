@@ -32,6 +32,7 @@ class Export:
     name = "export"
     version = 1
     trains = False
+    resumes = False
     distributed = False
 
     def needs(self, recipe: Recipe) -> tuple[str, ...]:

@@ -6,12 +6,22 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from llmkit.files import read_json
+from llmkit.errors import RecipeError
+from llmkit.files import digest_files, read_json
+from llmkit.model.adapters import add_adapters
 from llmkit.model.freezing import FreezePlan, apply_freeze
 from llmkit.model.loading import dropout_changes, load_config, load_model
 from llmkit.recipe.schema import Recipe, result_keys
 from llmkit.run.directory import Artifact, Run
-from llmkit.stages.base import corpus_in, model_before, model_content, require_corpus, task_for, training_record
+from llmkit.stages.base import (
+    adapter_rules,
+    corpus_in,
+    model_before,
+    model_content,
+    require_corpus,
+    task_for,
+    training_record,
+)
 from llmkit.stages.evaluate import scoring_for
 from llmkit.stages.training import TrainingJob, train_and_save
 from llmkit.train.state import seed_everything
@@ -19,6 +29,7 @@ from llmkit.train.state import seed_everything
 # Peak rates for a parent that does not record its own. Text and chat: the rate at which Ouyang et al. (InstructGPT,
 # 2022) and most recipes since tune whole models; classify: from the range of Devlin et al. (BERT, 2019).
 _DEFAULT_LR = {"text": 2e-5, "chat": 2e-5, "classify": 5e-5}
+_ADAPTER_LR = 2e-4  # Dettmers et al. (QLoRA, 2023)
 
 
 class Finetune:
@@ -27,6 +38,7 @@ class Finetune:
     name = "finetune"
     version = 1
     trains = True
+    resumes = True
     distributed = True
 
     def needs(self, recipe: Recipe) -> tuple[str, ...]:
@@ -45,6 +57,10 @@ class Finetune:
             "parent": model_content(recipe, run, self.name),
             "parent's peak rate": training_record(model_before(recipe, run, self.name)).get("peak_lr"),
         }
+        if recipe.finetune.adapter is not None and recipe.finetune.adapter.start is not None:
+            start = adapter_rules(recipe.finetune.adapter).start
+            assert start is not None, "it was just asked for"
+            found["adapter to start from"] = digest_files(sorted(start.glob("adapter_*")))
         if "freeze" in recipe.plan:
             found["freeze plan"] = run.stage("freeze")["content"]
         return found
@@ -56,6 +72,7 @@ class Finetune:
             plan = FreezePlan.from_json(read_json(run.folder("freeze") / "freeze.json"))
             apply_freeze(job.model, plan)
             job = replace(job, thaws=plan.thaws)
+        job = with_adapters(job)
         artifact, fit = train_and_save(job)
         metrics = dict(artifact.metrics)
         held_out = job.held_out
@@ -85,11 +102,33 @@ class Finetune:
 STAGE = Finetune()
 
 
+def with_adapters(job: TrainingJob) -> TrainingJob:
+    """The job with adapters in its model, where the recipe asks for them; what is frozen is known by now."""
+    keys = job.recipe.finetune.adapter
+    if keys is None:
+        return job
+    if job.thaws:
+        raise RecipeError(
+            "adapters stand in for what stands still, which cannot thaw beside them",
+            hint="leave out `freeze.unfreeze` or `finetune.adapter`",
+            where="freeze.unfreeze",
+        )
+    frozen = [name for name, parameter in job.model.named_parameters() if not parameter.requires_grad]
+    seed_everything(job.recipe.seed)
+    targets = add_adapters(job.model, adapter_rules(keys), frozen)
+    trained = sum(p.numel() for p in job.model.parameters() if p.requires_grad)
+    job.run.reporter.note(f"{keys.name} beside {len(targets)} linear layers: {trained:,} parameters learn")
+    return replace(job, adapter=adapter_rules(keys), frozen_before=frozenset(frozen))
+
+
 def _learning_rate(recipe: Recipe, run: Run, parent: Path) -> float:
     """The recipe's rate, or the parent's own peak times lr_scale, or a default; says which."""
     keys = recipe.finetune
     if keys.lr != "auto":
         return keys.lr
+    if keys.adapter is not None:
+        run.guess("finetune.lr", _ADAPTER_LR, "the default for adapters, which learn ten times as fast as weights")
+        return _ADAPTER_LR
     peak = training_record(parent).get("peak_lr")
     if isinstance(peak, float):
         lr = peak * keys.lr_scale

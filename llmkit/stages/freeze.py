@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 from llmkit.errors import RecipeError
@@ -9,7 +10,8 @@ from llmkit.files import digest_json, write_json
 from llmkit.model.loading import build_on_meta, dropout_rates, load_config
 from llmkit.recipe.schema import Recipe, result_keys
 from llmkit.run.directory import Artifact, Run
-from llmkit.stages.base import freeze_plan, model_before, require_corpus, task_class, task_for
+from llmkit.stages.base import freeze_plan, model_before, model_content, require_corpus, task_class, task_for
+from llmkit.stages.sweep import Sweep, chosen_plan, sweep, sweep_rows
 
 _VOLATILE = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
 
@@ -20,11 +22,13 @@ class Freeze:
     name = "freeze"
     version = 1
     trains = False
+    resumes = True
     distributed = False
 
     def needs(self, recipe: Recipe) -> tuple[str, ...]:
         """The model that is to be frozen, and the data where they decide its shape (the number of labels)."""
-        data = ("preprocess",) if task_class(recipe).shaped_by_data else ()
+        tries = recipe.freeze is not None and recipe.freeze.by_evidence
+        data = ("preprocess",) if tries or task_class(recipe).shaped_by_data else ()
         return (*data, *(("pretrain",) if "pretrain" in recipe.plan else ()))
 
     def inputs(self, recipe: Recipe, run: Run) -> dict[str, Any]:
@@ -33,6 +37,11 @@ class Freeze:
         found: dict[str, Any] = {f"recipe.freeze.{key}": value for key, value in result_keys(recipe.freeze).items()}
         found["model config"] = digest_json({k: v for k, v in config.items() if k not in _VOLATILE})
         found["recipe.task"] = recipe.task
+        if recipe.freeze is not None and recipe.freeze.by_evidence:  # then it depends on all that a training does
+            fine_tuning = result_keys(recipe.finetune).items()
+            found |= {f"recipe.finetune.{key}": value for key, value in fine_tuning} | {"recipe.seed": recipe.seed}
+            found |= {"corpora": run.stage("preprocess")["facts"]["corpora"]}
+            found |= {"parent": model_content(recipe, run, "finetune")}
         return found
 
     def run(self, recipe: Recipe, run: Run) -> Artifact:
@@ -44,7 +53,9 @@ class Freeze:
         if task.shaped_by_data:
             corpus = require_corpus(run, "train", "data.train")
             config.update(task_for(recipe, run, corpus).model_changes(config))
-        plan = freeze_plan(recipe, build_on_meta(config, task.auto_class))
+        model = build_on_meta(config, task.auto_class)
+        found = _swept(recipe, run) if recipe.freeze.by_evidence else None
+        plan = freeze_plan(recipe, model) if found is None else chosen_plan(found, model)
         folder = run.folder(self.name)
         write_json(folder / "freeze.json", plan.to_json())
         total = plan.frozen_count + plan.trainable_count
@@ -58,14 +69,31 @@ class Freeze:
             run.reporter.note(note)
         if plan.frozen and not recipe.freeze.dropout and any(dropout_rates(config).values()):
             run.reporter.note("what stands still computes without dropout (freeze.dropout: true leaves it in)")
-        metrics = {"frozen_parameters": plan.frozen_count, "trainable_parameters": plan.trainable_count}
+        metrics: dict[str, Any] = {
+            "frozen_parameters": plan.frozen_count,
+            "trainable_parameters": plan.trainable_count,
+        }
+        if found is not None:
+            metrics |= {"recommended": found.recommended.name, "reason": found.reason}
+        facts = {} if found is None else asdict(found)
         content = digest_json(
             [plan.frozen, plan.trainable, plan.thaws, recipe.freeze.dropout, recipe.freeze.cache_precision]
         )
-        return Artifact(self.name, folder / "freeze.json", content, (f"{self.name}/freeze.json",), metrics)
+        return Artifact(self.name, folder / "freeze.json", content, (f"{self.name}/freeze.json",), metrics, facts)
 
 
 STAGE = Freeze()
+
+
+def _swept(recipe: Recipe, run: Run) -> Sweep:
+    """Tries depths, and shows what came of it."""
+    found = sweep(recipe, run)
+    columns = ("", "trained", "parameters", "seconds", "held-out loss", "accuracy")
+    run.reporter.table("sweep", columns, sweep_rows(found))
+    if found.left_out:
+        run.reporter.warn(f"not tried, for the budget: {', '.join(found.left_out)}")
+    run.guess("freeze.blocks", found.recommended.name + " trained", found.reason)
+    return found
 
 
 def _when(at: str | int) -> str:

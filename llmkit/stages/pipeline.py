@@ -120,7 +120,7 @@ def _decide(
             hint=f"run `llmkit {stage.name}` or `llmkit run` with the same recipe first",
             where=run.path,
         )
-    goes_on = same and stage.trains and entry.get("state") != "done"
+    goes_on = same and stage.resumes and entry.get("state") != "done"
     return Decision(stage.name, True, _why(run, stage.name, inputs, same), resume=goes_on), inputs
 
 

@@ -22,8 +22,9 @@ from llmkit.model.precision import choose_precision, default_device
 from llmkit.recipe.schema import Recipe
 from llmkit.recipe.training import Training
 from llmkit.run.directory import Run
-from llmkit.stages.base import corpus_in, freeze_plan, pretraining_corpora, task_class, task_for
+from llmkit.stages.base import adapter_rules, corpus_in, freeze_plan, pretraining_corpora, task_class, task_for
 from llmkit.stages.finetune import STAGE as FINETUNE
+from llmkit.stages.finetune import with_adapters
 from llmkit.stages.pipeline import run_stages
 from llmkit.stages.pretrain import STAGE as PRETRAIN
 from llmkit.stages.sizing import Outline, Sizing, available_bytes, size_up
@@ -144,7 +145,7 @@ def _outline(recipe: Recipe, run: Run, stage: str) -> tuple[Outline, Corpus | No
     auto_class = task.auto_class if stage == "finetune" else "AutoModelForCausalLM"
     frozen: frozenset[str] = frozenset()
     if stage == "finetune" and recipe.freeze is not None:
-        frozen = freeze_plan(recipe, build_on_meta(config, auto_class)).frozen_for_good
+        frozen = freeze_plan(recipe, build_on_meta(config, auto_class), run).frozen_for_good
     length = getattr(training, "max_length", None) or recipe.data.max_length
     batch = training.batch_size or max(1, (training.batch_tokens or 8 * length) // length)
     device = default_device()
@@ -160,6 +161,7 @@ def _outline(recipe: Recipe, run: Run, stage: str) -> tuple[Outline, Corpus | No
         precision=choose_precision(training.precision, device)[0],
         device=device,
         exact_in_bf16=exact,
+        adapter=adapter_rules(recipe.finetune.adapter) if stage == "finetune" and recipe.finetune.adapter else None,
     )
     return outline, corpus
 
@@ -193,8 +195,8 @@ def _job(recipe: Recipe, run: Run, stage: str) -> TrainingJob:
         )
     job = FINETUNE.job(recipe, run, done if recipe.model is None else locate(recipe.model))
     if recipe.freeze is not None:
-        apply_freeze(job.model, freeze_plan(recipe, job.model))
-    return job
+        apply_freeze(job.model, freeze_plan(recipe, job.model, run))
+    return with_adapters(job)
 
 
 def _measured(recipe: Recipe, run: Run, plan: StagePlan, sizing: Sizing) -> StagePlan:

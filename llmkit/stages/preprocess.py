@@ -36,6 +36,7 @@ class Preprocess:
     name = "preprocess"
     version = 1
     trains = False
+    resumes = False
     distributed = False
 
     def needs(self, recipe: Recipe) -> tuple[str, ...]:

@@ -32,6 +32,7 @@ class Pretrain:
     name = "pretrain"
     version = 1
     trains = True
+    resumes = True
     distributed = True
 
     def needs(self, recipe: Recipe) -> tuple[str, ...]:

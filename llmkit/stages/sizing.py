@@ -13,6 +13,7 @@ import torch
 
 from llmkit.data.batches import BatchOrder
 from llmkit.data.corpus import Example
+from llmkit.model.adapters import AdapterRules, add_adapters
 from llmkit.model.anatomy import blocks_of
 from llmkit.model.groups import Rates, parameter_groups
 from llmkit.model.loading import build_on_meta
@@ -50,12 +51,15 @@ class Outline:
     device: torch.device
     exact_in_bf16: bool = False  # the weights come from bf16, so that no fp32 originals of frozen ones are kept
     processes: int = 1
+    adapter: AdapterRules | None = None
 
     def model(self) -> Any:
         """The model on the meta device."""
         model = build_on_meta(self.config, self.auto_class)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name not in self.frozen)
+        if self.adapter is not None:
+            add_adapters(model, self.adapter, self.frozen)
         shape_computation(model, self.training, compiled=False)
         return model
 

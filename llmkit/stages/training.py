@@ -16,6 +16,7 @@ from llmkit import __version__
 from llmkit.data.corpus import Corpus
 from llmkit.errors import RecipeError, did_you_mean
 from llmkit.files import write_json
+from llmkit.model.adapters import AdapterRules, merged, save_adapter
 from llmkit.model.folder import weights_digest
 from llmkit.model.groups import RateRule, Rates, parameter_groups
 from llmkit.model.objective import Objective
@@ -26,7 +27,8 @@ from llmkit.recipe.training import Training
 from llmkit.run.directory import Artifact, Run
 from llmkit.run.log import MetricsLog
 from llmkit.stages.base import parts_of, relative_files
-from llmkit.stages.prefix import PrefixCache, known_prefix
+from llmkit.stages.prefix import known_prefix
+from llmkit.stages.prefix_cache import PrefixCache
 from llmkit.stages.sizing import Outline, Sizing, available_bytes, shape_computation, size_up
 from llmkit.tasks.base import Regularisation, Task
 from llmkit.train.allocator import give_back_freed_memory, keep_freed_memory
@@ -55,6 +57,8 @@ class TrainingJob:
     held_out: Corpus | None
     freezes: Freeze | None = None  # what the recipe says of the part that stands still
     thaws: tuple[dict[str, Any], ...] = ()  # the freeze plan's
+    adapter: AdapterRules | None = None  # that was put into the model
+    frozen_before: frozenset[str] = frozenset()  # what stood still before that
 
 
 def train_and_save(job: TrainingJob) -> tuple[Artifact, Fit]:
@@ -162,7 +166,9 @@ def _sizing(job: TrainingJob, precision: str, accelerator: Any) -> Sizing:
     outline = Outline(
         config=job.model.config,
         auto_class=job.task.auto_class,
-        frozen=frozenset(name for name, p in job.model.named_parameters() if not p.requires_grad),
+        frozen=job.frozen_before
+        if job.adapter
+        else frozenset(name for name, p in job.model.named_parameters() if not p.requires_grad),
         objective=lambda model: job.task.objective(model, regularisation_of(job.training)),
         training=job.training,
         examples=job.train,
@@ -171,6 +177,7 @@ def _sizing(job: TrainingJob, precision: str, accelerator: Any) -> Sizing:
         precision=precision,
         device=accelerator.device,
         processes=accelerator.num_processes,
+        adapter=job.adapter,
     )
     available = available_bytes(accelerator.device)
     sizing = size_up(outline, available)
@@ -248,7 +255,12 @@ def _save_model(job: TrainingJob, fit: Fit) -> None:
     shutil.rmtree(aside, ignore_errors=True)
     fit.model.config.use_cache = True
     with fit.masters.in_full() as model:
-        model.save_pretrained(aside)
+        if job.adapter is None:
+            model.save_pretrained(aside)
+        else:
+            with merged(model) as weights:
+                model.save_pretrained(aside, state_dict=weights)
+            save_adapter(model, folder / "adapter", str(job.recipe.model))
     job.task.tokenizer.save_pretrained(aside)
     write_json(
         aside / "llmkit.json",

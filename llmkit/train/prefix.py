@@ -19,10 +19,11 @@ from llmkit.data.corpus import Corpus, Example
 from llmkit.data.states import STATES, StatesWriter
 from llmkit.model.objective import Batch, Objective, to_device
 from llmkit.model.precision import autocast
-from llmkit.model.prefix import Prefix, outputs_at
+from llmkit.model.prefix import Prefix, outputs_at, still_modules
 from llmkit.train.micro_batches import cut
 
 _DEPTH = "prefix_depth"
+_TOLERANCE, _TOLERANCE_OF_HALF = 1e-4, 0.05  # of the largest state: rounding
 _AT_ONCE = 2048  # tokens of a forward pass that fills the cache, on a CPU
 _AT_ONCE_ON_GPU = 16384
 
@@ -79,26 +80,65 @@ class PrefixObjective:
 def try_prefix(
     objective: Objective, model: Any, depth: int, examples: Sequence[Example], precision: str
 ) -> Prefix | str:
-    """A prefix that can be left out, or why it cannot; tried on a few examples, whose loss must stay the same."""
-    batch = to_device(objective.collate(examples), model.device)
+    """A prefix that can be left out, or why it cannot; tried on a few examples of unlike length.
+
+    Their states must be the same alone, together, and while the model trains; and what is behind the prefix must give the
+    same loss when it knows nothing but them.
+    """
     was_training = model.training
     model.eval()
     try:
         with objective.computing(), autocast(model.device, precision):
+            batch = to_device(objective.collate(examples), model.device)
+            output = outputs_at(model, [depth], partial(objective.loss, model, batch)).get(depth)
+            states = output[0] if isinstance(output, tuple) else output
+            if not isinstance(states, torch.Tensor) or states.shape[:-1] != batch["input_ids"].shape:
+                return "its blocks pass on something else than hidden states"
+            states = states.flatten(0, 1)
             expected = objective.loss(model, batch)
-            output = outputs_at(model, [depth], lambda: objective.loss(model, batch)).get(depth)
-        states = output[0] if isinstance(output, tuple) else output
-        if not isinstance(states, torch.Tensor) or states.shape[:-1] != batch["input_ids"].shape:
-            return "its blocks pass on something else than hidden states"
+            alone = [_of_one(objective, model, depth, example) for example in examples]
+            training = _while_training(objective, model, depth, batch)
+        together = [states[places] for places in batch["places"]]
+        tolerance = _TOLERANCE if states.dtype == torch.float32 else _TOLERANCE_OF_HALF
+        if any(_differ(one, other, tolerance) for one, other in zip(alone, together, strict=True)):
+            return "the states of an example depend on what is computed beside it"
+        if _differ(training, states, 0.0):
+            return "something before the last frozen block is random while the model trains"
+        known = torch.zeros_like(states)
+        for places, own in zip(batch["places"], together, strict=True):
+            known[places] = own
         prefix = Prefix(model, depth, len(output) if isinstance(output, tuple) else 0)
-        known = PrefixObjective(objective, prefix)
-        with known.computing(), autocast(model.device, precision):
-            found = known.loss(model, batch | {STATES: states.flatten(0, 1), _DEPTH: depth})
+        behind = PrefixObjective(objective, prefix)
+        with behind.computing(), autocast(model.device, precision):
+            found = behind.loss(model, batch | {STATES: known, _DEPTH: depth})
     except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
         return str(error).partition("\n")[0]
     finally:
         model.train(was_training)
     return prefix if torch.allclose(found, expected, rtol=1e-5) else "later blocks use more than what leaves the prefix"
+
+
+def _of_one(objective: Objective, model: Any, depth: int, example: Example) -> torch.Tensor:
+    batch = to_device(objective.collate([example]), model.device)
+    output = outputs_at(model, [depth], partial(objective.loss, model, batch))[depth]
+    states: torch.Tensor = (output[0] if isinstance(output, tuple) else output).flatten(0, 1)
+    return states[batch["places"][0]]
+
+
+def _while_training(objective: Objective, model: Any, depth: int, batch: Batch) -> torch.Tensor:
+    still = still_modules(model, depth)
+    model.train()
+    for path in still:
+        model.get_submodule(path).eval()
+    output = outputs_at(model, [depth], partial(objective.loss, model, batch))[depth]
+    model.eval()
+    states: torch.Tensor = (output[0] if isinstance(output, tuple) else output).flatten(0, 1)
+    return states
+
+
+def _differ(one: torch.Tensor, other: torch.Tensor, tolerance: float) -> bool:
+    difference = (one.float() - other.float()).abs().max()
+    return bool(difference > tolerance * other.float().abs().max())
 
 
 @torch.no_grad()

@@ -1,0 +1,188 @@
+"""Where hidden states of frozen prefixes are kept, and how they come there."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import numpy as np
+import torch
+
+from llmkit.data.corpus import Corpus
+from llmkit.data.states import States, StatesWriter, folder_bytes, join_parts, make_room
+from llmkit.errors import ArtifactError
+from llmkit.files import digest_json
+from llmkit.model.objective import Objective
+from llmkit.model.prefix import prefix_digest
+from llmkit.recipe.schema import Freeze
+from llmkit.recipe.values import bytes_of
+from llmkit.run.directory import Run
+from llmkit.train.prefix import compute_states
+
+STATES_VERSION = 1  # raise it when the same prefix, corpus and precision come to give other states
+_SHARE_OF_DISK = 0.25
+
+
+@dataclass
+class PrefixCache:
+    """Where states of one model's prefix are kept, and how they are computed where they are not there yet."""
+
+    keys: Freeze
+    run: Run
+    objective: Objective
+    model: Any
+    size_column: str
+    precision: str
+    accelerator: Any
+    _used: set[Path] = field(default_factory=set)  # folders that this run reads
+
+    @property
+    def folder(self) -> Path:
+        """All kept states of this user, one folder for each prefix and corpus."""
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llmkit" / "prefix"
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """The type that states are kept in; None for the one that they have."""
+        return torch.bfloat16 if self.keys.cache_precision == "bf16" else None
+
+    def key(self, corpus: Corpus, depth: int) -> str:
+        """The digest of all that decides the states of a corpus at a depth."""
+        import transformers
+
+        versions = [STATES_VERSION, torch.__version__, transformers.__version__]
+        how = [self.precision, self.keys.cache_precision, self.model.device.type, type(self.objective).__name__]
+        return digest_json([versions, how, corpus.content, prefix_digest(self.model, depth)])
+
+    def find(self, corpus: Corpus, depth: int) -> States | None:
+        """The kept states, or None; damaged ones are removed, and it is said."""
+        key = self.key(corpus, depth)
+        folder = self.folder / key[:16]
+        if not folder.is_dir():
+            return None
+        try:
+            states = States(folder)
+            if states.meta.get("key") != key:
+                raise ArtifactError("kept hidden states belong to other weights", got=states.meta.get("key"))
+        except ArtifactError as error:
+            self.run.reporter.warn(f"{error.what}: {error.where or folder}; they are computed again")
+            if self.accelerator.is_main_process:
+                shutil.rmtree(folder, ignore_errors=True)
+            return None
+        self._used.add(folder)
+        return states
+
+    def compute(self, corpus: Corpus, depths: list[int], what: str) -> dict[int, States]:
+        """Computes and keeps the states of a corpus at some depths, all processes together; none where a disk is full."""
+        started = time.monotonic()
+        keys = {depth: self.key(corpus, depth) for depth in depths}
+        mark = self._agreed(uuid4().hex[:8])
+        asides = {depth: self.folder / f".{key[:16]}-{mark}" for depth, key in keys.items()}
+        failed, numbers = self._guarded(lambda: self._that_fit(corpus, len(depths)))
+        if not failed and not len(numbers):
+            self.run.reporter.warn(f"there is no room in {self.folder} for hidden states, within freeze.cache_bytes")
+            return {}
+        if not failed:
+            failed, _ = self._guarded(lambda: self._write(corpus, numbers, asides, what))
+        if not failed:
+            failed, _ = self._guarded(lambda: self._publish(corpus, asides, keys))
+        if failed:
+            self.run.reporter.warn(
+                f"hidden states cannot be kept in {self.folder} ({failed}): the frozen blocks are computed each time; "
+                "free some space, or set XDG_CACHE_HOME to a folder with room"
+            )
+            if self.accelerator.is_main_process:
+                for aside in asides.values():
+                    shutil.rmtree(aside, ignore_errors=True)
+            return {}
+        found = {depth: States(self.folder / key[:16]) for depth, key in keys.items()}
+        self._used |= {states.folder for states in found.values()}
+        size = sum(states.bytes for states in found.values())
+        left = f"; {len(corpus) - len(numbers):,} of {len(corpus):,} examples have no room" * (
+            len(numbers) < len(corpus)
+        )
+        self.run.reporter.note(
+            f"frozen prefix: the states of {what} took {time.monotonic() - started:.1f} s and {size / 2**20:,.0f} MiB in "
+            f"{self.folder}{left}"
+        )
+        return found
+
+    def _write(self, corpus: Corpus, numbers: np.ndarray, asides: dict[int, Path], what: str) -> None:
+        """Writes this process's part of the states."""
+        mine = numbers[self.accelerator.process_index :: self.accelerator.num_processes].tolist()
+        writers = {depth: StatesWriter(aside, self._process, len(corpus)) for depth, aside in asides.items()}
+        progress = self.run.reporter.progress(f"frozen prefix, {what}", len(mine), "examples")
+        try:
+            compute_states(
+                *(self.objective, self.model, corpus, self.size_column, mine),
+                *(writers, self.precision, self.dtype, progress.advance),
+            )
+            for writer in writers.values():
+                writer.close()
+        finally:
+            progress.close()
+
+    def _publish(self, corpus: Corpus, asides: dict[int, Path], keys: dict[int, str]) -> None:
+        """Joins the parts and gives them their names; in the first process."""
+        if not self.accelerator.is_main_process:
+            return
+        for depth, aside in asides.items():
+            meta = {"key": keys[depth], "depth": depth, "corpus": corpus.content}
+            join_parts(aside, self.accelerator.num_processes, meta)
+            target = self.folder / keys[depth][:16]
+            shutil.rmtree(target, ignore_errors=True)
+            aside.rename(target)
+
+    def _guarded(self, work: Callable[[], Any]) -> tuple[str, Any]:
+        """What all processes do, and what the disk of any of them had against it."""
+        failed, found = "", None
+        try:
+            found = work()
+        except OSError as error:
+            failed = str(error)
+        if self.accelerator.num_processes > 1:
+            from accelerate.utils import gather_object
+
+            failed = next(filter(None, gather_object([failed])), "")
+        return failed, found
+
+    def bytes_a_token(self) -> int:
+        """What a token's states take at one depth."""
+        width = self.model.config.get_text_config().hidden_size
+        size = 2 if self.dtype or self.precision == "bf16" else 4  # fp16 keeps sums in fp32
+        return int(width * size)
+
+    def _that_fit(self, corpus: Corpus, depths: int) -> np.ndarray:
+        """The examples that there is room for, from the first on; what was kept longest ago makes room."""
+        sizes = corpus.lengths(self.size_column).cumsum() * self.bytes_a_token() * depths
+        self.folder.mkdir(parents=True, exist_ok=True)
+        most = cache_bytes(self.keys, self.folder) - sum(folder_bytes(folder) for folder in self._used)
+        fitting = int(self._agreed(int(np.searchsorted(sizes, most, side="right"))))
+        if fitting and self.accelerator.is_main_process:
+            make_room(self.folder, most - int(sizes[fitting - 1]), self._used)
+        return np.arange(fitting)
+
+    @property
+    def _process(self) -> int:
+        return int(self.accelerator.process_index)
+
+    def _agreed(self, value: Any) -> Any:
+        """The first process's value, in all of them."""
+        if self.accelerator.num_processes == 1:
+            return value
+        from accelerate.utils import broadcast_object_list
+
+        return broadcast_object_list([value])[0]
+
+
+def cache_bytes(keys: Freeze, folder: Path) -> int:
+    """The most bytes that kept states may take: what the recipe says, or a quarter of the disk's free space."""
+    if keys.cache_bytes != "auto":
+        return bytes_of(keys.cache_bytes)
+    return int(shutil.disk_usage(folder).free * _SHARE_OF_DISK)
