@@ -74,6 +74,11 @@ def _show(console: Console, plan: Any) -> None:
         ("precision", plan.precision),
         ("at once", f"{plan.micro_batch_tokens:,} tokens at most"),
     ]
+    if plan.frozen_prefix_blocks:
+        kept = (
+            f"computed once, {plan.cache_bytes / 2**30:,.2f} GiB on disk" if plan.cache_bytes else "computed each time"
+        )
+        rows.append(("frozen prefix", f"{plan.frozen_prefix_blocks} blocks, {kept}"))
     rows += [(_PARTS[name], f"{value / 2**30:,.2f} GiB") for name, value in plan.memory_bytes.items()]
     verdict = "fits" if plan.fits else "does not fit"
     rows.append(

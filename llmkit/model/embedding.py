@@ -18,15 +18,15 @@ class FastEmbedding(nn.Embedding):
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """(...) to (..., D)."""
+        if not self.weight.requires_grad:  # it may come to learn later
+            return F.embedding(ids, self.weight, self.padding_idx)
         looked_up: torch.Tensor = _Embedding.apply(ids, self.weight, self.padding_idx)
         return looked_up
 
 
 def fast_embedding(module: nn.Module) -> nn.Module | None:
-    """What an embedding is to be replaced by, or None when the module is none, or stands still."""
+    """What an embedding is to be replaced by, or None when the module is none."""
     if type(module) is not nn.Embedding or module.max_norm is not None or module.scale_grad_by_freq:
-        return None
-    if not module.weight.requires_grad:
         return None
     rows, size = module.weight.shape
     stand_in = FastEmbedding(rows, size, padding_idx=module.padding_idx, _weight=module.weight)

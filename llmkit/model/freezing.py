@@ -13,7 +13,8 @@ from torch import nn
 
 from llmkit.errors import ArtifactError, Problem, RecipeError
 from llmkit.model.anatomy import Anatomy, read_anatomy
-from llmkit.model.parts import Parts, counted, resolve_parts, some_of
+from llmkit.model.parts import Parts, counted, raise_all, resolve_parts, some_of
+from llmkit.recipe.values import is_share
 
 _HEAD_ALONE = 20  # percent of the steps of `head-first`
 _ALL_THAWED = 50  # percent of the steps after which `ulmfit` trains everything
@@ -63,6 +64,9 @@ class FreezePlan:
                 got="wrong or missing: " + ", ".join(wrong),
                 hint="run `llmkit freeze` again",
             )
+        wrong = [thaw for thaw in given.get("thaws", []) if not _is_thaw(thaw)]
+        if wrong:
+            raise ArtifactError("a freeze plan is damaged", got=wrong[0], hint="run `llmkit freeze` again")
         plan: dict[str, Any] = {key: tuple(item) if isinstance(item, list) else item for key, item in given.items()}
         return FreezePlan(**plan)
 
@@ -83,14 +87,15 @@ def plan_freeze(model: nn.Module, parts: Parts, unfreeze: str | Sequence[ThawRul
     named = {name for matched in matches.values() for name in matched[1]}
     stands_still = {canonical.get(name, name) for name in named}
     if isinstance(unfreeze, str):
-        _raise_all(problems)
+        raise_all(problems)
         thaws = _preset(unfreeze, anatomy, list(sizes), stands_still)
         stands_still = stands_still.union(*(thaw["names"] for thaw in thaws))
         named |= stands_still
         matches |= {f"{thaw['what']}, until {thaw['at']}": (unfreeze, thaw["names"]) for thaw in thaws}
     else:
-        thaws, more = _thaws(unfreeze, anatomy, list(sizes), stands_still)
-        _raise_all([*problems, *more])
+        resolved = all(problem.where != "freeze.blocks" for problem in problems)
+        thaws, more = _thaws(unfreeze, anatomy, list(sizes), stands_still, resolved=resolved)
+        raise_all([*problems, *more])
     frozen = tuple(name for name in sizes if name in stands_still)
     trainable = tuple(name for name in sizes if name not in stands_still)
     if not trainable:
@@ -132,10 +137,19 @@ def apply_freeze(model: nn.Module, plan: FreezePlan) -> None:
         parameter.requires_grad_(name not in plan.frozen_for_good)
 
 
+def _is_thaw(value: Any) -> bool:
+    if not isinstance(value, dict) or value.keys() != {"at", "what", "names"}:
+        return False
+    names = value["names"]
+    named = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    at = is_share(value["at"]) or (isinstance(value["at"], int) and value["at"] >= 0)
+    return named and at and isinstance(value["what"], str)
+
+
 def _thaws(
-    rules: Sequence[ThawRule], anatomy: Anatomy, names: list[str], stands_still: set[str]
+    rules: Sequence[ThawRule], anatomy: Anatomy, names: list[str], stands_still: set[str], *, resolved: bool
 ) -> tuple[list[dict[str, Any]], list[Problem]]:
-    """What thaws by the recipe's own list, and the mistakes in it."""
+    """What thaws by the recipe's own list, and the mistakes in it; `resolved` says that the frozen blocks are known."""
     canonical = {alias: name for name, aliases in anatomy.tied.items() for alias in aliases}
     thaws: list[dict[str, Any]] = []
     problems: list[Problem] = []
@@ -145,7 +159,10 @@ def _thaws(
         problems += more
         given = {canonical.get(name, name) for _, matched in matches.values() for name in matched}
         before = {name for thaw in thaws for name in thaw["names"]}
-        for what, odd in (("does not stand still", given - stands_still), ("thaws twice", given & before)):
+        for what, odd in (
+            ("does not stand still", given - stands_still if resolved else set()),
+            ("thaws twice", given & before),
+        ):
             if odd:
                 problems.append(
                     Problem(
@@ -155,6 +172,8 @@ def _thaws(
                         where=where,
                     )
                 )
+        if not given and not more:
+            problems.append(Problem("this thaws nothing", got=f"blocks: {rule.parts.blocks}", where=where))
         if given:
             thaws.append({"at": rule.at, "what": ", ".join(matches), "names": [n for n in names if n in given]})
     return thaws, problems
@@ -199,11 +218,3 @@ def _frozen_prefix(anatomy: Anatomy, frozen: set[str]) -> int:
         return 0
     first_stack = anatomy.blocks[: anatomy.stacks[0][1]]
     return next((number for number, block in enumerate(first_stack) if not frozen.issuperset(block)), len(first_stack))
-
-
-def _raise_all(problems: list[Problem]) -> None:
-    if problems:
-        first = problems[0]
-        raise RecipeError(
-            first.what, got=first.got, expected=first.expected, hint=first.hint, where=first.where, problems=problems
-        )

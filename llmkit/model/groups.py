@@ -10,7 +10,7 @@ import torch
 
 from llmkit.errors import Problem, RecipeError
 from llmkit.model.anatomy import Anatomy, read_anatomy
-from llmkit.model.parts import Parts, resolve_parts, some_of
+from llmkit.model.parts import Parts, raise_all, resolve_parts, some_of
 
 
 @dataclass(frozen=True)
@@ -82,13 +82,15 @@ def _rates_by_name(
     found = dict.fromkeys(trainable, ("", rates.lr))
     if rates.layer_decay != 1:
         found = {name: (part, rates.lr * rates.layer_decay**n) for name, (part, n) in _heights(anatomy).items()}
+    canonical = {alias: name for name, aliases in anatomy.tied.items() for alias in aliases}
     ruled: dict[str, str] = {}
     problems: list[Problem] = []
     for number, rule in enumerate(rates.rules):
         where = f"rates.{number}"
         matches, more = resolve_parts(rule.parts, anatomy, [name for name, _ in model.named_parameters()], where)
         problems += more
-        what, named = ", ".join(matches), {name for _, covered in matches.values() for name in covered}
+        what = ", ".join(matches)
+        named = {canonical.get(name, name) for _, covered in matches.values() for name in covered}
         moving = named & trainable
         if not moving and not more:
             problems.append(Problem(f"`{what}` stands still, so that it has no rate", where=where, hint="leave it out"))
@@ -99,8 +101,7 @@ def _rates_by_name(
         for name in moving:
             ruled[name] = what
             found[name] = (what, rule.lr if rule.lr is not None else found[name][1] * rule.lr_scale)
-    if problems:
-        raise RecipeError(problems[0].what, problems=problems)
+    raise_all(problems)
     return found
 
 

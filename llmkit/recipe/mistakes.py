@@ -17,7 +17,15 @@ from llmkit.recipe.schema import Recipe
 
 Keys = tuple[str | int, ...]
 
-_SENTENCE = ("needs ", "takes ", "has ", "freezes ", "`")  # messages of the schema that need no "expected"
+_SENTENCE = (
+    "needs ",
+    "takes ",
+    "has ",
+    "freezes ",
+    "thaws ",
+    "names ",
+    "`",
+)  # messages of the schema that need no "expected"
 _EXPECTED = {
     "string_type": "text",
     "string_too_short": "text that is not empty",

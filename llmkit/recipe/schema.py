@@ -43,12 +43,28 @@ def _number_as_text(value: object) -> object:
     return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
 
 
+def _part_of_the_rows(value: str) -> str:
+    if not is_share(value) or not 0 < share(value) < 1:
+        raise ValueError("should be a share above 0% and below 100%")
+    return value
+
+
 class Data(Section):
     """The rows that the task learns from, and how they become a corpus."""
 
     train: Sources | None = None
     eval: Annotated[str | None, BeforeValidator(_number_as_text)] = Field(
         "5%", description="held-out rows: a share of train, or a URI; null for none"
+    )
+    replay: Sources | None = Field(
+        None,
+        description="rows of other data that are mixed into the training data, so that the model does not forget them",
+    )
+    replay_share: Annotated[str, AfterValidator(_part_of_the_rows)] = Field(
+        "10%", description="of the training rows that are replayed"
+    )
+    general: Sources | None = Field(
+        None, description="plain text that evaluate scores too, before and after: what has been forgotten (text, chat)"
     )
     format: RowFormat | None = Field(None, description="row format of all sources; on sight when absent")
     columns: dict[str, str] = Field(default_factory=dict, description="canonical column -> column in the data")
@@ -189,6 +205,15 @@ class Recipe(Section):
             mistakes.append("has the stage `freeze`, but no `freeze:` section")
         if self.freeze is not None and self.freeze.by_evidence and "freeze" in self.plan and self.data.train is None:
             mistakes.append("has `freeze.blocks: auto`, but no `data.train` to try depths on")
+        if self.data.general is not None and self.task == "classify":
+            mistakes.append("has `data.general`, but a model that classifies does not predict text")
+        if self.data.replay is not None and self.data.train is None:
+            mistakes.append("has `data.replay`, but no `data.train` to mix it into")
+        if self.freeze is not None and not isinstance(self.freeze.unfreeze, str) and "finetune" in self.plan:
+            steps = self.finetune.steps
+            for thaw in self.freeze.unfreeze:
+                if steps is not None and isinstance(thaw.at, int) and thaw.at >= steps:
+                    mistakes.append(f"has `freeze.unfreeze` at step {thaw.at}, but only {steps} steps of fine-tuning")
         mistakes += self._data_that_lacks()
         if mistakes:
             raise ValueError("\n".join(mistakes))

@@ -195,6 +195,8 @@ class Finetune(Training):
     adapter: Annotated[Adapter | None, BeforeValidator(_as_named)] = Field(
         None, description="lora, rslora or dora, or a mapping with `name` and options"
     )
-
     lr: Rate = Field("auto", description="the parent's peak rate times lr_scale, or a number")
     lr_scale: float = Field(0.1, gt=0)
+    l2_sp: float = Field(
+        0.0, ge=0, description="pull towards the parent's weights, as weight_decay pulls towards zero (L2-SP)"
+    )

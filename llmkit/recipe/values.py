@@ -65,7 +65,7 @@ def bytes_of(value: str | int) -> int:
 
 def count_of(value: str | int, total: int) -> int:
     """How many of `total` a share or count means; a share is rounded down."""
-    return int(share(value) * total) if isinstance(value, str) else value
+    return int(share(value) * total + 1e-9) if isinstance(value, str) else value  # 29 % of 100 are 29
 
 
 def duration(value: object) -> str:

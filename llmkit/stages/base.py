@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -46,6 +48,19 @@ class Stage(Protocol):
 
     def run(self, recipe: Recipe, run: Run) -> Artifact:
         """Makes the artifact in `run.folder(name)`."""
+
+
+@contextmanager
+def within(section: str) -> Iterator[None]:
+    """Makes the mistakes that are found inside those of a recipe's section."""
+    try:
+        yield
+    except RecipeError as error:
+        problems = [replace(problem, where=f"{section}.{problem.where}") for problem in error.problems]
+        first = problems[0]
+        raise RecipeError(
+            error.what, got=first.got, expected=first.expected, hint=first.hint, where=first.where, problems=problems
+        ) from None
 
 
 def freeze_plan(recipe: Recipe, model: Any, run: Run | None = None) -> FreezePlan:

@@ -16,7 +16,15 @@ from llmkit.model.location import locate
 from llmkit.model.precision import choose_precision, compute_in, default_device
 from llmkit.recipe.schema import Recipe, result_keys
 from llmkit.run.directory import Artifact, Run
-from llmkit.stages.base import model_before, model_content, require_corpus, task_class, task_for, upstream_models
+from llmkit.stages.base import (
+    corpus_in,
+    model_before,
+    model_content,
+    require_corpus,
+    task_class,
+    task_for,
+    upstream_models,
+)
 from llmkit.tasks.base import Scores, Scoring, Task
 from llmkit.train.state import seed_everything
 
@@ -41,6 +49,7 @@ class Evaluate:
             "recipe.task": recipe.task,
             "recipe.seed": recipe.seed,
             "held out": _corpora(run).get(_corpus_name(run)),
+            "general text": _corpora(run).get("general"),
             "model": model_content(recipe, run, self.name),
             "against": weights_digest(locate(against)) if against else None,
         }
@@ -53,11 +62,19 @@ class Evaluate:
         if why:
             run.guess("evaluate.precision", precision, why)
         scoring = scoring_for(recipe, len(corpus), precision)
-        scores = {"model": _score(recipe, run, task, corpus, scoring, model_before(recipe, run, self.name), "model")}
+        folders = {"model": model_before(recipe, run, self.name)}
         against = _against(recipe)
         if against is not None:
-            name = "parent" if recipe.evaluate.against == "parent" else "other"
-            scores[name] = _score(recipe, run, task, corpus, scoring, locate(against), name)
+            folders["parent" if recipe.evaluate.against == "parent" else "other"] = locate(against)
+        scores = {}
+        for name, source in folders.items():
+            scores[name] = _score(recipe, run, task, corpus, scoring, source, name)
+            if (general := corpus_in(run, "general")) is not None:
+                plain = task_for(recipe, run, general, "text")
+                whole = replace(scoring, metrics=plain.metrics, generate=0, samples=0)
+                found = _score(recipe, run, plain, general, whole, source, f"{name} on general text").metrics
+                more = {f"general_{metric}": value for metric, value in found.items()}
+                scores[name] = replace(scores[name], metrics=scores[name].metrics | more)
         folder = run.folder(self.name)
         results: dict[str, Any] = {name: found.metrics for name, found in scores.items()}
         results["examples"] = len(corpus)

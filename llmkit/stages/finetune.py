@@ -96,7 +96,8 @@ class Finetune:
             run.reporter.note(f"in the parent, but not used: {', '.join(loaded.unused_parameters)}")
         lr = _learning_rate(recipe, run, parent)
         held_out, freezes = corpus_in(run, "eval"), recipe.freeze if "freeze" in recipe.plan else None
-        return TrainingJob(self.name, recipe, run, recipe.finetune, lr, loaded.model, task, corpus, held_out, freezes)
+        given = (recipe, run, recipe.finetune, lr, loaded.model, task, corpus, held_out, freezes)
+        return TrainingJob(self.name, *given, l2_sp=recipe.finetune.l2_sp, new_parameters=loaded.new_parameters)
 
 
 STAGE = Finetune()

@@ -16,6 +16,7 @@ from llmkit.errors import RecipeError
 from llmkit.model.loading import dropout_rates
 from llmkit.model.objective import Objective
 from llmkit.model.prefix import Prefix, frozen_prefix
+from llmkit.recipe.schema import Freeze
 from llmkit.recipe.training import Training
 from llmkit.stages.prefix_cache import PrefixCache
 from llmkit.train.prefix import PrefixObjective, try_prefix
@@ -61,14 +62,19 @@ def known_prefix(
     evaluations = 1 + (steps // training.eval_every if training.eval_every else 0)
     found = []
     for what, corpus, times in (("training", train, going_over), ("held-out", held_out, evaluations)):
-        pays = wanted is True or times >= _PASSES_THAT_PAY
-        states = _states(cache, corpus, depths, f"the {what} data", pays=pays) if corpus is not None else {}
+        worth = pays(cache.keys, times)
+        states = _states(cache, corpus, depths, f"the {what} data", pays=worth) if corpus is not None else {}
         found.append(CorpusWithStates(corpus, states) if corpus is not None and states else corpus)
     known = any(isinstance(corpus, CorpusWithStates) for corpus in found)
     if wanted == "auto":
         why = f"{max(depths)} blocks stand still before the others; passes over the data: {going_over:.1f}"
         cache.run.guess("freeze.cache", known, why)
     return (PrefixObjective(cache.objective, prefix), found[0], found[1]) if known else plain
+
+
+def pays(keys: Freeze, passes: float) -> bool:
+    """True when states are computed to be kept: asked for, or used so often that it takes less time."""
+    return keys.cache is True or passes >= _PASSES_THAT_PAY
 
 
 def _states(cache: PrefixCache, corpus: Corpus, depths: list[int], what: str, *, pays: bool) -> dict[int, States]:

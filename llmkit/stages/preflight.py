@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -21,7 +20,7 @@ from llmkit.model.location import locate
 from llmkit.optim import build_optimizer, build_schedule
 from llmkit.recipe.schema import Recipe
 from llmkit.recipe.training import Training
-from llmkit.stages.base import freeze_plan, task_class
+from llmkit.stages.base import freeze_plan, task_class, within
 from llmkit.stages.evaluate import wanted_metrics
 from llmkit.stages.training import rates_of
 
@@ -68,13 +67,8 @@ def _training_checks(stage: str, training: Training) -> Iterator[Callable[[], An
 
 
 def _within(stage: str, check: Callable[[], Any]) -> None:
-    """Makes a check's mistakes those of the stage's section."""
-    try:
+    with within(stage):
         check()
-    except RecipeError as error:
-        raise RecipeError(
-            error.what, problems=[replace(problem, where=f"{stage}.{problem.where}") for problem in error.problems]
-        ) from None
 
 
 def _check_rates(recipe: Recipe, stage: str, training: Training) -> None:

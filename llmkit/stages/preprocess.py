@@ -47,9 +47,12 @@ class Preprocess:
         """The content of every source, of the tokenizer and of the template, and the keys that say what to do with them."""
         data, pretrain = recipe.data, recipe.pretrain
         found: dict[str, Any] = {"recipe.task": recipe.task}
-        for key, value in data.model_dump(mode="json", exclude={"train", "eval", "chat_template"}).items():
+        for key, value in data.model_dump(
+            mode="json", exclude={"train", "eval", "chat_template", "replay", "general"}
+        ).items():
             found[f"recipe.data.{key}"] = value
-        found["data.train"] = _digests(data.train)
+        for key in ("train", "replay", "general"):
+            found[f"data.{key}"] = _digests(getattr(data, key))
         found["data.eval"] = data.eval if data.eval is None or is_share(data.eval) else source_digest(data.eval)
         if data.chat_template:
             found["data.chat_template"] = digest_file(_template_path(data))
@@ -78,6 +81,10 @@ class Preprocess:
             task = task_class(recipe)(tokenizer, settings)
             corpora["train"] = _write(run, folder / "train", task, settings, rows.train, rejected)
             corpora["eval"] = _write(run, folder / "eval", task, settings, rows.held_out, rejected)
+        if rows.general:
+            plain = TaskSettings(recipe.data.max_length)
+            task = catalog.resolve("task", "text")(tokenizer, plain)
+            corpora["general"] = _write(run, folder / "general", task, plain, rows.general, rejected)
         if recipe.pretrain is not None and pretraining_corpora(recipe)[0] not in corpora:
             window = TaskSettings(recipe.pretrain.max_length or recipe.data.max_length)
             text = catalog.resolve("task", "text")(tokenizer, window)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from llmkit.data.filters import build_filters
 from llmkit.data.gather import Gathered, Kept, Request, gather
@@ -31,6 +32,7 @@ class RecipeRows:
         self.taken_by_filter: dict[str, int] = {}
         self.train: list[Kept] = []
         self.held_out: list[Kept] = []
+        self.general: list[Kept] = []
         self.pretrain: list[Kept] = []
         self.pretrain_held_out: list[Kept] = []
         self.labels: tuple[str, ...] = ()
@@ -48,9 +50,13 @@ class RecipeRows:
         if eval_uri is not None:
             self.held_out = self._gather("data.eval", (Source(uri=eval_uri),), kind, data)
             self.labels = self.labels or _labels_of_model(recipe) or _labels(self.held_out)
-            self._refuse_new_labels()
+            self._refuse_new_labels(self.held_out, "a held-out")
         elif data.train is not None:
             self.train, self.held_out = _split(self.train, data.eval)
+        if data.replay is not None:
+            self.train += self._replayed(data, data.replay, kind)
+        if data.general is not None:
+            self.general = self._gather("data.general", data.general, "text", Data())
         if recipe.pretrain is not None:
             sources = recipe.pretrain.data
             if sources is None and kind == "text":
@@ -91,11 +97,28 @@ class RecipeRows:
             )
         return gathered.rows
 
-    def _refuse_new_labels(self) -> None:
-        for kept in self.held_out:
+    def _replayed(self, data: Data, sources: Sequence[Source], kind: str) -> list[Kept]:
+        """Rows of other data, weighed so that they make up their share of the training rows; none that is held out."""
+        held_out_rows = {position(kept.row) for kept in self.held_out}
+        rows = [
+            row for row in self._gather("data.replay", sources, kind, data) if position(row.row) not in held_out_rows
+        ]
+        part = share(data.replay_share)
+        weight = (
+            sum(kept.weight for kept in self.train) * part / (1 - part) / max(sum(kept.weight for kept in rows), 1e-9)
+        )
+        self._run.reporter.note(
+            f"replayed: {data.replay_share} of the training rows, each of {len(rows)} {weight:.2f} times"
+        )
+        replayed = [replace(kept, weight=kept.weight * weight) for kept in rows]
+        self._refuse_new_labels(replayed, "a replayed")
+        return replayed
+
+    def _refuse_new_labels(self, rows: Sequence[Kept], which: str) -> None:
+        for kept in rows:
             if "label" in kept.row and kept.row["label"] not in self.labels:
                 raise DataError(
-                    "a held-out row has a label that the training data has not",
+                    f"{which} row has a label that the training data has not",
                     got=kept.row["label"],
                     expected="one of " + ", ".join(self.labels),
                     where=kept.where,

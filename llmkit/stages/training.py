@@ -26,7 +26,7 @@ from llmkit.recipe.schema import Freeze, Recipe
 from llmkit.recipe.training import Training
 from llmkit.run.directory import Artifact, Run
 from llmkit.run.log import MetricsLog
-from llmkit.stages.base import parts_of, relative_files
+from llmkit.stages.base import parts_of, relative_files, within
 from llmkit.stages.prefix import known_prefix
 from llmkit.stages.prefix_cache import PrefixCache
 from llmkit.stages.sizing import Outline, Sizing, available_bytes, shape_computation, size_up
@@ -39,7 +39,7 @@ from llmkit.train.hooks.trackers import TrackersHook
 from llmkit.train.loop import Fit
 from llmkit.train.masters import Masters
 from llmkit.train.state import TrainState, seed_everything
-from llmkit.train.thaw import Thaw, thaws_at
+from llmkit.train.thaw import Thaw, groups_by_thaw, thaws_at
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,8 @@ class TrainingJob:
     freezes: Freeze | None = None  # what the recipe says of the part that stands still
     thaws: tuple[dict[str, Any], ...] = ()  # the freeze plan's
     adapter: AdapterRules | None = None  # that was put into the model
+    l2_sp: float = 0.0
+    new_parameters: tuple[str, ...] = ()  # that the parent has not
     frozen_before: frozenset[str] = frozenset()  # what stood still before that
 
 
@@ -84,7 +86,9 @@ def train_and_save(job: TrainingJob) -> tuple[Artifact, Fit]:
         {
             "precision": fit.precision,
             "learning_rate": job.lr,
-            "parameter_groups": _group_rows(fit.optimizer.param_groups),
+            "parameter_groups": _group_rows(
+                [group | {"lr": lr} for group, lr in zip(fit.optimizer.param_groups, fit.base_rates, strict=True)]
+            ),
             "processes": accelerator.num_processes,
             "device": torch.cuda.get_device_name() if accelerator.device.type == "cuda" else accelerator.device.type,
         },
@@ -107,14 +111,18 @@ def make_fit(job: TrainingJob, accelerator: Any) -> Fit:
     model = job.model.to(device)
     model.config.use_cache = False
     seed_everything(job.recipe.seed + accelerator.process_index)
-    groups = parameter_groups(model, rates_of(training, job.lr), weight_decay=training.weight_decay)
+    thaws = thaws_at(job.thaws, sizing.steps)
+    with within(job.stage):
+        groups = parameter_groups(model, rates_of(training, job.lr), weight_decay=training.weight_decay)
+    groups = groups_by_thaw(groups, thaws)
     columns = ("group", "tensors", "parameters", "peak rate", "weight decay")
     run.reporter.table("parameter groups", columns, _group_rows(groups))
     objective = job.task.objective(model, regularisation_of(training))
     if objective.why_padded:
         run.guess(f"{job.stage}: padded batches", True, f"examples cannot be packed: {objective.why_padded}")
     masters = Masters(model, precision)
-    thaws = thaws_at(job.thaws, sizing.steps)
+    if job.l2_sp:
+        masters.anchor((name for name in masters.weights if name not in job.new_parameters), job.l2_sp)
     objective, train, held_out = _with_known_prefix(job, objective, precision, sizing, thaws, accelerator)
     shape_computation(model, training)
     options = training.optimizer.options

@@ -37,6 +37,8 @@ class Masters:
         }
         self.copied = [name for name in self._own if name in originals]
         self._touched: set[str] = set()
+        self._anchors: dict[str, torch.Tensor] = {}  # where weights come from
+        self._strength = 0.0
         self._held: dict[str, torch.Tensor] = {}  # the gradients of what does not move yet
         self.gradients = torch.zeros(sum(p.numel() for p in self._own.values()), device=model.device)
         start = 0
@@ -89,6 +91,25 @@ class Masters:
         """Gives the model what the optimizer has changed."""
         for name in self.copied:
             self._own[name].copy_(self.weights[name])
+
+    def anchor(self, names: Iterable[str], strength: float) -> None:
+        """From now on, `pull` draws these weights towards what they are now."""
+        self._anchors = {name: self.weights[name].detach().clone() for name in names if name in self.weights}
+        self._strength = strength
+
+    @torch.no_grad()
+    def pull(self, groups: list[dict[str, Any]]) -> None:
+        """Moves each anchored weight by its group's rate times the strength of the way back.
+
+        As weight decay apart from the gradient, but towards the weights that were learnt before (L2-SP, Li et al., 2018:
+        https://arxiv.org/abs/1802.01483).
+        """
+        if not self._anchors:
+            return
+        for group in groups:
+            for name in group["names"]:
+                if name in self._anchors and name not in self._held:
+                    self.weights[name].lerp_(self._anchors[name], min(1.0, group["lr"] * self._strength))
 
     def release(self) -> None:
         """Lets go of the gradients; no step can be taken any more."""

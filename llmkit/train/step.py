@@ -144,6 +144,8 @@ class Stepper:
         else:
             self.scaler.step(self.optimizer)
             self.scaler.update()
+        if not overflowed:
+            self.masters.pull(self.optimizer.param_groups)
         self.masters.publish()
         return None if overflowed else grad_norm
 

@@ -37,6 +37,20 @@ def thaws_at(planned: Sequence[dict[str, Any]], total_steps: int) -> tuple[Thaw,
     return tuple(sorted(thaws, key=lambda thaw: thaw.step))
 
 
+def groups_by_thaw(groups: Sequence[dict[str, Any]], thaws: Sequence[Thaw]) -> list[dict[str, Any]]:
+    """Parameter groups of which each begins to move at once: some optimizers want the same history of all in a group."""
+    step_of = {name: thaw.step for thaw in thaws for name in thaw.names}
+    found = []
+    for group in groups:
+        steps = [step_of.get(name, 0) for name in group["names"]]
+        for step in sorted(set(steps)):
+            own = [number for number, at in enumerate(steps) if at == step]
+            parts = {key: [group[key][number] for number in own] for key in ("params", "names", "hidden")}
+            name = f"{group['group']}, from step {step + 1}" if step else group["group"]
+            found.append(group | parts | {"group": name})
+    return found
+
+
 @dataclass
 class Thawing:
     """Holds what has not thawed yet; `changed` is called after something has."""
@@ -56,7 +70,8 @@ class Thawing:
         due = [thaw for thaw in self.thaws[self._done :] if thaw.step <= step]
         for thaw in due:
             self.masters.let_go(thaw.names)
-            self.note(f"step {step + 1}: {thaw.what} thaws, {len(thaw.names)} tensors")
+            if thaw.step == step:  # not what had thawed before a training was resumed
+                self.note(f"step {step + 1}: {thaw.what} thaws, {len(thaw.names)} tensors")
         self._done += len(due)
         if due:
             self.changed()

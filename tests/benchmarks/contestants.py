@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,8 @@ def train(workload: Workload, contestant: Contestant, prepared: dict[str, Any], 
 
 def recipe_for(workload: Workload, job: dict[str, Any]) -> dict[str, Any]:
     """A workload as llmkit's users write it."""
+    blocks = job["frozen_blocks"]
+    freeze = {"freeze": {"blocks": f"0-{blocks - 1}", "embeddings": True, **job["freeze"]}} if blocks else {}
     return {
         "name": workload.name,
         "seed": job["seed"],
@@ -54,9 +57,11 @@ def recipe_for(workload: Workload, job: dict[str, Any]) -> dict[str, Any]:
             "weight_decay": job["weight_decay"],
             "max_grad_norm": job["max_grad_norm"],
             "save_every": "24h",  # nobody saves but at the end
+            "log_every": 1,
             **job["options"],
         },
-        "stages": ["preprocess", "finetune"],
+        **freeze,
+        "stages": ["preprocess", *freeze, "finetune"],
     }
 
 
@@ -64,12 +69,23 @@ def _llmkit(workload: Workload, job: dict[str, Any], folder: Path) -> tuple[Fini
     recipe = folder.resolve() / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(recipe_for(workload, job), sort_keys=False), encoding="utf-8")
     run = folder.resolve() / "run"
-    finished = run_module("llmkit", "finetune", recipe, "--json", "-o", run, folder=folder)
-    metrics = finished.answer["metrics"]
+    own_cache = {"XDG_CACHE_HOME": str(folder.resolve() / "cache")}  # nothing of an earlier round is there
+    finished = run_module("llmkit", "run", recipe, "--json", "-o", run, folder=folder, environment=own_cache)
+    shutil.rmtree(folder / "cache", ignore_errors=True)
+    metrics = finished.answer["metrics"]["finetune"]
+    log = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    steps = [line for line in log if "tokens_per_second" in line]
+    first = metrics["steps"] // workload.epochs  # the last of the first epoch
+    later = sum(
+        (line["tokens"] - before["tokens"]) / line["tokens_per_second"]
+        for before, line in pairwise(steps)
+        if line["step"] > first
+    )
     facts = json.loads((run / "run.json").read_text(encoding="utf-8"))["stages"]["finetune"]["facts"]
     return finished, {
         "model": str(ROOT / finished.answer["artifacts"]["model"]),
         "train_seconds": metrics["train_seconds"],
+        "later_seconds": later,
         "steps": metrics["steps"],
         "train_loss": metrics["train_loss"],
         "precision": facts["precision"],

@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ class Finished:
     peak_memory_bytes: int
 
 
-def run_module(module: str, *arguments: object, folder: Path) -> Finished:
+def run_module(module: str, *arguments: object, folder: Path, environment: Mapping[str, str] | None = None) -> Finished:
     """Runs `python -m module` and waits for it; what it writes is kept in `folder`.
 
     The peak memory is the largest resident size of the process or of any that it waited for. Raises ProcessError.
@@ -45,16 +45,18 @@ def run_module(module: str, *arguments: object, folder: Path) -> Finished:
     out, err = folder / "stdout.txt", folder / "stderr.txt"
     with out.open("w") as stdout, err.open("w") as stderr:
         started, busy_before = time.perf_counter(), _busy_seconds()
-        process = subprocess.Popen(command, stdout=stdout, stderr=stderr, cwd=ROOT, env=_environment(folder))
+        process = subprocess.Popen(
+            command, stdout=stdout, stderr=stderr, cwd=ROOT, env=_environment(folder) | dict(environment or {})
+        )
         _, status, usage = os.wait4(process.pid, 0)
         seconds, busy = time.perf_counter() - started, _busy_seconds()
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode != 0:
         raise ProcessError(_failure(command, process.returncode, out, err))
-    own = usage.ru_utime + usage.ru_stime
-    other = max(0.0, busy - busy_before - own) if busy is not None and busy_before is not None else None
+    used = usage.ru_utime + usage.ru_stime
+    other = max(0.0, busy - busy_before - used) if busy is not None and busy_before is not None else None
     unit = 1 if sys.platform == "darwin" else 1024
-    return Finished(_last_json(command, out), seconds, own, other, usage.ru_maxrss * unit)
+    return Finished(_last_json(command, out), seconds, used, other, usage.ru_maxrss * unit)
 
 
 def lines_of(command: Sequence[str]) -> list[str]:

@@ -14,7 +14,7 @@ FORMULA = (
     "FLOP = 6 x parameters in the blocks x tokens + 6 x parameters of the output layer x supervised tokens (or texts); "
     "attention scores, embeddings and padding are left out; over seconds in the training loop and the bf16 matrix peak"
 )
-RATIOS = ("tokens_per_second", "wall_seconds", "peak_memory_bytes")
+RATIOS = ("tokens_per_second", "wall_seconds", "peak_memory_bytes", "later_tokens_per_second")
 _DISTURBED = 0.05  # other programs' share of the processor time, from which on a run is named
 _MEDIANS = (*RATIOS, "train_seconds", "share_of_peak", "loss", "accuracy", "peak_cuda_bytes")
 
@@ -23,6 +23,8 @@ def add_rates(run: Record, rows: Record, epochs: int, before: Record, peak_flops
     """Adds tokens a second and the share of the machine's peak; the tokens are the same for everybody."""
     tokens, supervised = rows["tokens"] * epochs, rows["supervised"] * epochs
     flops = 6 * (before["block_parameters"] * tokens + before["output_parameters"] * supervised)
+    if epochs > 1:  # when what can be kept is kept, and all kernels are there
+        run["later_tokens_per_second"] = rows["tokens"] * (epochs - 1) / run["later_seconds"]
     run["tokens_per_second"] = tokens / run["train_seconds"]
     run["share_of_peak"] = flops / run["train_seconds"] / peak_flops
 
@@ -71,7 +73,8 @@ def ratios(runs: Sequence[Record]) -> dict[str, Record]:
         rounds = sorted(number for name, number in by_round if name == peer and (LLMKIT, number) in by_round)
         pairs = [(by_round[LLMKIT, number], by_round[peer, number]) for number in rounds]
         if pairs:
-            found[peer] = {key: _spread([ours[key] / theirs[key] for ours, theirs in pairs]) for key in RATIOS}
+            shared = [key for key in RATIOS if all(key in run for pair in pairs for run in pair)]
+            found[peer] = {key: _spread([ours[key] / theirs[key] for ours, theirs in pairs]) for key in shared}
             found[peer]["loss_difference"] = _spread([ours["loss"] - theirs["loss"] for ours, theirs in pairs])
     return found
 

@@ -25,15 +25,16 @@ def show_workload(console: Console, name: str, result: dict[str, Any]) -> None:
     rows, before = result["rows"], result["before"]
     rounds = max((each["rounds"] for each in result["medians"].values()), default=0)
     title = f"{name}: {rows['tokens']:,} tokens of {rows['examples']} rows an epoch; median of {rounds}"
-    columns = ("", "", "tokens/s", "of peak", "wall s", "peak GB", "loss", "accuracy")
+    columns = ("", "", "tokens/s", "later", "of peak", "wall s", "peak GB", "loss", "accuracy")
     table = _table(title, columns)
-    table.add_row("before training", "", "", "", "", "", *_scores(before))
+    table.add_row("before training", "", "", "", "", "", "", *_scores(before))
     for contestant, found in result["medians"].items():
         memory = found.get("peak_cuda_bytes", found["peak_memory_bytes"]) / _GB
         table.add_row(
             contestant,
             found["precision"],
             f"{found['tokens_per_second']:.1f}",
+            f"{found['later_tokens_per_second']:.1f}" if "later_tokens_per_second" in found else "",
             f"{found['share_of_peak']:.1%}",
             f"{found['wall_seconds']:.1f}",
             f"{memory:.2f}",
@@ -48,6 +49,7 @@ def show_workload(console: Console, name: str, result: dict[str, Any]) -> None:
 def show_legend(console: Console) -> None:
     """What the columns mean."""
     console.print("loss and accuracy: on held-out rows, scored by one judge for all", highlight=False)
+    console.print("later: tokens a second from the second epoch on", highlight=False)
     console.print("memory: the largest resident size of the process, or of the GPU where there is one", highlight=False)
     console.print(f"of peak: {FORMULA}", highlight=False)
 
@@ -62,10 +64,11 @@ def show_mistakes(console: Console, title: str, lines: list[str]) -> None:
 def _show_ratios(console: Console, ratios: dict[str, Any]) -> None:
     if not ratios:
         return
-    columns = ("peer", "tokens/s", "wall s", "memory", "loss, median")
+    columns = ("peer", "tokens/s", "later", "wall s", "memory", "loss, median")
     table = _table("llmkit / peer, round by round: min, median, max (loss: llmkit - peer)", columns)
     for peer, found in ratios.items():
-        shares = [_range(found[key]) for key in ("tokens_per_second", "wall_seconds", "peak_memory_bytes")]
+        keys = ("tokens_per_second", "later_tokens_per_second", "wall_seconds", "peak_memory_bytes")
+        shares = [_range(found[key]) if key in found else "" for key in keys]
         table.add_row(peer, *shares, f"{found['loss_difference']['median']:+.4f}")
     console.print(table)
 

@@ -17,13 +17,15 @@ LLMKIT = "llmkit"
 class Contestant:
     """Who trains: a module of `peers`, or llmkit itself where `module` is None, and what sets it apart.
 
-    `options` are keys of the recipe's `finetune` for llmkit, and training arguments for a peer.
+    `options` are keys of the recipe's `finetune` for llmkit, and training arguments for a peer; `freeze` are more keys of
+    the recipe's `freeze`.
     """
 
     name: str
     module: str | None
     options: dict[str, Any] = field(default_factory=dict)
     asked_for: bool = False  # takes part only when it is named
+    freeze: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,7 @@ class Workload:
     batch_size: int
     lr: float
     contestants: tuple[Contestant, ...]
+    frozen_blocks: int = 0  # leading ones, which stand still with the embeddings
     schedule: str = "cosine"
     warmup_steps: int = 0
     weight_decay: float = 0.01
@@ -60,6 +63,7 @@ class Workload:
             "train": prepared["train"],
             "labels": prepared["labels"],
             "options": contestant.options,
+            "freeze": contestant.freeze,
             "output": str(output),
         }
 
@@ -106,4 +110,30 @@ MINILM_CLASSIFY = Workload(
     ),
 )
 
-WORKLOADS = {workload.name: workload for workload in (SMOLLM2_CHAT, MINILM_CLASSIFY)}
+_NO_CACHE = Contestant("llmkit-no-cache", None, {"precision": "bf16"}, freeze={"cache": False})
+
+SMOLLM2_FROZEN_20 = replace(
+    SMOLLM2_CHAT,
+    name="smollm2-frozen-20",
+    train_examples=1000,
+    held_out_examples=100,
+    epochs=3,
+    frozen_blocks=20,
+    contestants=(
+        Contestant(LLMKIT, None, {"precision": "bf16"}),
+        _NO_CACHE,
+        Contestant("trainer", "trainer_chat", {"bf16": True}),
+    ),
+)
+SMOLLM2_FROZEN_27 = replace(SMOLLM2_FROZEN_20, name="smollm2-frozen-27", frozen_blocks=27)
+MINILM_HEAD = replace(
+    MINILM_CLASSIFY,
+    name="minilm-head",
+    epochs=4,
+    lr=1e-3,
+    frozen_blocks=6,
+    contestants=(Contestant(LLMKIT, None), replace(_NO_CACHE, options={}), *MINILM_CLASSIFY.contestants[1:3]),
+)
+
+_ALL = (SMOLLM2_CHAT, MINILM_CLASSIFY, SMOLLM2_FROZEN_20, SMOLLM2_FROZEN_27, MINILM_HEAD)
+WORKLOADS = {workload.name: workload for workload in _ALL}

@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from tests.benchmarks.encode import IGNORED, encode_chat
-from tests.benchmarks.peers.training import read_job, read_rows, train_and_save, training_arguments
+from tests.benchmarks.peers.training import freeze, read_job, read_rows, train_and_save, training_arguments
 
 
 def run(job: dict[str, Any]) -> dict[str, Any]:
@@ -30,6 +30,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     set_seed(job["seed"])
     tokenizer = AutoTokenizer.from_pretrained(job["model"])
     model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32)
+    freeze(model, job)
     examples = [encode_chat(tokenizer, row["messages"]) for row in read_rows(job["train"])]
     trainer = Trainer(
         model=model,

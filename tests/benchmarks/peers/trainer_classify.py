@@ -21,7 +21,7 @@ from transformers import (
     set_seed,
 )
 
-from tests.benchmarks.peers.training import read_job, read_rows, train_and_save, training_arguments
+from tests.benchmarks.peers.training import freeze, read_job, read_rows, train_and_save, training_arguments
 
 
 def run(job: dict[str, Any]) -> dict[str, Any]:
@@ -36,6 +36,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         id2label=dict(enumerate(job["labels"])),
         label2id=numbers,
     )
+    freeze(model, job)
     rows = read_rows(job["train"])
     encoded = tokenizer([row["text"] for row in rows], truncation=True, max_length=job["max_length"])["input_ids"]
     examples = [{"input_ids": ids, "labels": numbers[row["label"]]} for ids, row in zip(encoded, rows, strict=True)]

@@ -17,16 +17,23 @@ class LoopTimer(TrainerCallback):
 
     def __init__(self) -> None:
         self.seconds = 0.0
+        self.later = 0.0  # seconds from the second epoch on
+        self.epochs: list[float] = []
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         """Starts the clock."""
         self._started = time.perf_counter()
+
+    def on_epoch_begin(self, *args: Any, **kwargs: Any) -> None:
+        """Notes when an epoch begins."""
+        self.epochs.append(time.perf_counter())
 
     def on_train_end(self, *args: Any, **kwargs: Any) -> None:
         """Stops it, when all that was asked of a GPU is done."""
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         self.seconds = time.perf_counter() - self._started
+        self.later = time.perf_counter() - self.epochs[1] if len(self.epochs) > 1 else 0.0
 
 
 def read_job(description: str | None) -> dict[str, Any]:
@@ -35,6 +42,17 @@ def read_job(description: str | None) -> dict[str, Any]:
     parser.add_argument("job", type=Path, help="a JSON file: see Workload.job")
     job: dict[str, Any] = json.loads(parser.parse_args().job.read_text(encoding="utf-8"))
     return job
+
+
+def freeze(model: Any, job: dict[str, Any]) -> None:
+    """Lets the embeddings and the leading blocks of the job stand still."""
+    if not job["frozen_blocks"]:
+        return
+    base = model.base_model
+    blocks = base.layers if hasattr(base, "layers") else base.encoder.layer
+    embeddings = base.embeddings if hasattr(base, "embeddings") else base.embed_tokens
+    for part in (embeddings, *blocks[: job["frozen_blocks"]]):
+        part.requires_grad_(False)
 
 
 def read_rows(path: str) -> list[dict[str, Any]]:
@@ -71,6 +89,7 @@ def train_and_save(trainer: Any, job: dict[str, Any]) -> dict[str, Any]:
     trainer.save_model(job["output"])
     return {
         "train_seconds": timer.seconds,
+        "later_seconds": timer.later,
         "steps": trainer.state.global_step,
         "train_loss": found.training_loss,
         "precision": "bf16" if trainer.args.bf16 else "fp32",
