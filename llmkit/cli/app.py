@@ -106,6 +106,10 @@ def freeze(
     path, found = recipe_or_model(recipe)
     if model and found:
         raise typer.BadParameter(f"a model is given twice: {found} and --model {model}")
+    if sweep and any(text.startswith("freeze.blocks=") for text in set_ or ()):
+        raise typer.BadParameter(
+            "`freeze.blocks` is given twice, by --set and --sweep, which finds it out: leave one out"
+        )
     settings = (*(set_ or ()), *(("freeze.blocks=auto",) if sweep else ()))
     flags = Flags(path, model or found, data, eval_data, task, out, settings, seed)
     StageCommand("freeze", flags, resume=resume, as_json=as_json, quiet=quiet, verbose=verbose).execute(dry_run=dry_run)

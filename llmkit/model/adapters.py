@@ -58,19 +58,27 @@ def add_adapters(model: Any, rules: AdapterRules, frozen: Collection[str] = ()) 
             where="adapter",
         ) from None
     config = _read_config(rules.start) if rules.start else None
-    targets = _targets(model, rules, frozen) if config is None else tuple(config.target_modules)
-    head = [name for name in read_anatomy(model).head if name not in frozen]
+    targets = _targets(model, rules, frozen) if config is None else ()
+    head = [name for name in read_anatomy(model).head if name not in frozen and name not in _outputs(model)]
     try:
         inject_adapter_in_model(config or _config(rules, targets), model)
     except ValueError as error:
         raise ArtifactError(
             "the adapter does not fit the model", got=str(error).partition("\n")[0], where=rules.start
         ) from None
+    adapted = tuple(path for path, module in model.named_modules() if isinstance(module, _layer_class()))
+    if still := [path for path in adapted if f"{path}.weight" in frozen]:
+        raise RecipeError(
+            "the adapter has layers in blocks that stand still",
+            got=some_of(still),
+            hint="freeze fewer blocks, or begin a new adapter",
+            where="adapter.start",
+        )
     for name in head:
         model.get_parameter(name).requires_grad_(True)
     if rules.start is not None and model.device.type != "meta":
         _load(model, rules.start)
-    return targets
+    return adapted
 
 
 @contextmanager
@@ -94,7 +102,7 @@ def save_adapter(model: Any, folder: Path, base: str) -> None:
 
     folder.mkdir(parents=True, exist_ok=True)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    tensors = {_PREFIX + name.replace(f".{_NAME}", ""): p.detach().cpu().contiguous() for name, p in trained.items()}
+    tensors = {_in_a_file(name): p.detach().cpu().contiguous() for name, p in trained.items()}
     save_file(tensors, folder / WEIGHTS)
     config = model.peft_config[_NAME]
     heads = sorted({name.partition(".")[0] for name in trained if not _of_an_adapter(name)})
@@ -123,7 +131,8 @@ def _targets(model: Any, rules: AdapterRules, frozen: Collection[str]) -> tuple[
     }
     found = []
     for path, module in model.named_modules():
-        if id(module) in inside and type(module).__name__ in ("Linear", "Conv1D"):
+        is_linear = isinstance(module, torch.nn.Linear) or type(module).__name__ == "Conv1D"
+        if id(module) in inside and is_linear:
             part = "attention" if id(module) in of_attention else "mlp"
             if rules.targets in ("all", part):
                 found.append(path)
@@ -156,7 +165,9 @@ def _read_config(folder: Path) -> Any:
     values = read_json(folder / CONFIG)
     if values.get("peft_type") != "LORA":
         raise ArtifactError("this is no LoRA adapter", got=values.get("peft_type"), expected="LORA", where=folder)
-    return LoraConfig.from_pretrained(str(folder))
+    config = LoraConfig.from_pretrained(str(folder))
+    config.inference_mode, config.modules_to_save = False, None  # heads are trained as they are, not as copies
+    return config
 
 
 def _load(model: Any, folder: Path) -> None:
@@ -170,7 +181,7 @@ def _load(model: Any, folder: Path) -> None:
         tensors = load_file(path)
     except SafetensorError as error:
         raise ArtifactError("an adapter's weights are damaged", got=str(error), where=path) from None
-    known = {_PREFIX + name.replace(f".{_NAME}", ""): p for name, p in model.named_parameters() if p.requires_grad}
+    known = {_in_a_file(name): p for name, p in model.named_parameters() if p.requires_grad}
     odd = sorted(
         (tensors.keys() ^ known.keys()) | {n for n in tensors.keys() & known if tensors[n].shape != known[n].shape}
     )
@@ -186,9 +197,26 @@ def _load(model: Any, folder: Path) -> None:
 
 
 def _layers(model: Any) -> list[Any]:
+    return [module for module in model.modules() if isinstance(module, _layer_class())]
+
+
+def _layer_class() -> Any:
     from peft.tuners.lora import LoraLayer
 
-    return [module for module in model.modules() if isinstance(module, LoraLayer)]
+    return LoraLayer
+
+
+def _outputs(model: Any) -> set[str]:
+    """The output embeddings of a language model, which are no new head."""
+    outputs = model.get_output_embeddings()
+    mine = {id(parameter) for parameter in outputs.parameters()} if outputs is not None else set()
+    return {name for name, parameter in model.named_parameters() if id(parameter) in mine}
+
+
+def _in_a_file(name: str) -> str:
+    """A parameter's name as PEFT writes it."""
+    plain = _PREFIX + name.replace(f".{_NAME}", "")
+    return plain.removesuffix(".weight") if "lora_magnitude_vector" in plain else plain
 
 
 def _of_an_adapter(name: str) -> bool:

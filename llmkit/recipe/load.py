@@ -184,7 +184,7 @@ def _opened(value: Any, path: list[str], inner: str) -> Any:
     """A value written in short (`optimizer: sgd`, `train: rows.jsonl`) in the long form that `inner` is a part of."""
     if not isinstance(value, str):
         return {}
-    if path[-1] in ("optimizer", "schedule"):
+    if path[-1] in ("optimizer", "schedule", "adapter"):
         return {"name": value}
     if path[-1] == "train" or path[-1].isdigit() or path == ["pretrain", "data"]:
         return [{"uri": value}] if inner.isdigit() else {"uri": value}
@@ -209,7 +209,7 @@ def _absolute(recipe: Recipe) -> Recipe:
 
     data = recipe.data.model_copy(
         update={
-            "train": sources(recipe.data.train),
+            **{key: sources(getattr(recipe.data, key)) for key in ("train", "replay", "general")},
             "eval": absolute(recipe.data.eval),
             "chat_template": absolute(recipe.data.chat_template),
         }
@@ -217,4 +217,7 @@ def _absolute(recipe: Recipe) -> Recipe:
     update: dict[str, Any] = {"data": data, "model": absolute(recipe.model)}
     if recipe.pretrain is not None:
         update["pretrain"] = recipe.pretrain.model_copy(update={"data": sources(recipe.pretrain.data)})
+    if (adapter := recipe.finetune.adapter) is not None:
+        adapter = adapter.model_copy(update={"start": absolute(adapter.start)})
+        update["finetune"] = recipe.finetune.model_copy(update={"adapter": adapter})
     return recipe.model_copy(update=update)

@@ -188,6 +188,14 @@ class Adapter(Section):
         description="an adapter to go on from: a folder with adapter_config.json, which says all else",
     )
 
+    @model_validator(mode="after")
+    def _all_from_the_start(self) -> Adapter:
+        fields = type(self).model_fields.items()
+        said = [key for key, field in fields if key != "start" and getattr(self, key) != field.default]
+        if self.start is not None and said:
+            raise ValueError(f"takes `start`, whose adapter_config.json says all else: leave out {', '.join(said)}")
+        return self
+
 
 class Finetune(Training):
     """Learning the task, gently."""

@@ -21,6 +21,7 @@ from llmkit.stages.base import (
     require_corpus,
     task_for,
     training_record,
+    within,
 )
 from llmkit.stages.evaluate import scoring_for
 from llmkit.stages.training import TrainingJob, train_and_save
@@ -116,7 +117,8 @@ def with_adapters(job: TrainingJob) -> TrainingJob:
         )
     frozen = [name for name, parameter in job.model.named_parameters() if not parameter.requires_grad]
     seed_everything(job.recipe.seed)
-    targets = add_adapters(job.model, adapter_rules(keys), frozen)
+    with within("finetune"):
+        targets = add_adapters(job.model, adapter_rules(keys), frozen)
     trained = sum(p.numel() for p in job.model.parameters() if p.requires_grad)
     job.run.reporter.note(f"{keys.name} beside {len(targets)} linear layers: {trained:,} parameters learn")
     return replace(job, adapter=adapter_rules(keys), frozen_before=frozenset(frozen))

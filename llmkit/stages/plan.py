@@ -14,13 +14,11 @@ import torch
 
 from llmkit.data.corpus import Corpus, Example
 from llmkit.errors import RecipeError
-from llmkit.model.anatomy import blocks_of
 from llmkit.model.folder import VOCABULARIES, files_in
 from llmkit.model.freezing import apply_freeze
 from llmkit.model.loading import build_on_meta, dropout_changes, load_config
 from llmkit.model.location import locate, locate_config
 from llmkit.model.precision import choose_precision, default_device
-from llmkit.model.prefix import frozen_prefix
 from llmkit.recipe.schema import Recipe
 from llmkit.recipe.training import Training
 from llmkit.run.directory import Run
@@ -28,10 +26,11 @@ from llmkit.stages.base import adapter_rules, corpus_in, freeze_plan, pretrainin
 from llmkit.stages.finetune import STAGE as FINETUNE
 from llmkit.stages.finetune import with_adapters
 from llmkit.stages.pipeline import run_stages
-from llmkit.stages.prefix import pays
+from llmkit.stages.prefix import foreseen_prefix
 from llmkit.stages.pretrain import STAGE as PRETRAIN
 from llmkit.stages.sizing import Outline, Sizing, available_bytes, size_up
-from llmkit.stages.training import TrainingJob, accelerator_for, make_fit, peak_memory_bytes, regularisation_of
+from llmkit.stages.trained import peak_memory_bytes
+from llmkit.stages.training import TrainingJob, accelerator_for, make_fit, regularisation_of
 
 # What a training reaches of the rate of a large matrix product, seen on the shipped recipes; --measure does not guess.
 _EFFICIENCY = {"cpu": 0.25, "cuda": 0.4}
@@ -113,10 +112,12 @@ def _plan(recipe: Recipe, run: Run, stage: str, program: int, *, measure: bool) 
     memory = sizing.memory
     model = outline.model()
     parts = memory.parts | ({"program": program} if program else {})
-    depth, kept = (
-        _kept_prefix(recipe, model, corpus, corpus_in(run, "eval"), sizing, outline) if stage == "finetune" else (0, 0)
+    passes = sizing.steps / sizing.order.steps_per_epoch
+    known = foreseen_prefix(recipe.freeze if stage == "finetune" else None, model, outline.precision, passes)
+    tokens = sum(
+        int(data.lengths(task_class(recipe).size_column).sum()) for data in (corpus, corpus_in(run, "eval")) if data
     )
-    flops = sizing.flops - (_saved_flops(model, depth, sizing) if kept else 0.0)
+    flops = sizing.flops - known.flops_a_token * sizing.tokens * (1 - 1 / passes)
     plan = StagePlan(
         stage=stage,
         data="the corpus" if corpus is not None else "no data: one epoch of one batch, as long as may be",
@@ -135,8 +136,8 @@ def _plan(recipe: Recipe, run: Run, stage: str, program: int, *, measure: bool) 
         peak_memory_bytes=memory.total + program,
         available_bytes=available + program,
         fits=memory.total <= available,
-        frozen_prefix_blocks=depth,
-        cache_bytes=kept,
+        frozen_prefix_blocks=known.blocks,
+        cache_bytes=known.bytes_a_token * tokens,
         flops=flops,
         seconds=flops / (matrix_rate(outline.device, outline.precision) * _EFFICIENCY[outline.device.type]),
         seconds_from=f"a guess: {_EFFICIENCY[outline.device.type]:.0%} of this device's matrix product rate",
@@ -175,27 +176,6 @@ def _outline(recipe: Recipe, run: Run, stage: str) -> tuple[Outline, Corpus | No
         adapter=adapter_rules(recipe.finetune.adapter) if stage == "finetune" and recipe.finetune.adapter else None,
     )
     return outline, corpus
-
-
-def _kept_prefix(
-    recipe: Recipe, model: Any, corpus: Corpus | None, held_out: Corpus | None, sizing: Sizing, outline: Outline
-) -> tuple[int, int]:
-    """The frozen blocks before the others, and the most bytes that keeping what leaves them takes."""
-    keys, depth = recipe.freeze, frozen_prefix(model)
-    passes = sizing.steps / sizing.order.steps_per_epoch
-    if keys is None or corpus is None or keys.cache is False or not pays(keys, passes):
-        return depth, 0
-    size = 2 if outline.precision == "bf16" or keys.cache_precision == "bf16" else 4
-    column = task_class(recipe).size_column
-    tokens = sum(int(data.lengths(column).sum()) for data in (corpus, held_out) if data is not None)
-    return depth, tokens * int(model.config.get_text_config().hidden_size) * size if depth else 0
-
-
-def _saved_flops(model: Any, depth: int, sizing: Sizing) -> float:
-    """What every pass over the data but the first saves: two operations for each weight of the prefix and token."""
-    weights = sum(p.numel() for block in blocks_of(model)[:depth] for p in block.parameters())
-    once = sizing.order.steps_per_epoch / sizing.steps
-    return 2.0 * weights * sizing.tokens * (1 - once)
 
 
 def _objective(task: Any, regularisation: Any, model: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -13,6 +14,7 @@ from llmkit.data.batches import BatchOrder
 from llmkit.data.corpus import Corpus
 from llmkit.data.states import CorpusWithStates, States
 from llmkit.errors import RecipeError
+from llmkit.model.anatomy import blocks_of
 from llmkit.model.loading import dropout_rates
 from llmkit.model.objective import Objective
 from llmkit.model.prefix import Prefix, frozen_prefix
@@ -75,6 +77,25 @@ def known_prefix(
 def pays(keys: Freeze, passes: float) -> bool:
     """True when states are computed to be kept: asked for, or used so often that it takes less time."""
     return keys.cache is True or passes >= _PASSES_THAT_PAY
+
+
+@dataclass(frozen=True)
+class ForeseenPrefix:
+    """The frozen blocks before the others; what keeping their states takes and saves for each token, 0 where none is kept."""
+
+    blocks: int
+    bytes_a_token: int = 0
+    flops_a_token: float = 0.0
+
+
+def foreseen_prefix(keys: Freeze | None, model: Any, precision: str, passes: float) -> ForeseenPrefix:
+    """What will come of a model's frozen prefix, from its structure and the number of passes over the data."""
+    depth = frozen_prefix(model)
+    if keys is None or not depth or keys.cache is False or not pays(keys, passes):
+        return ForeseenPrefix(depth)
+    size = 2 if precision == "bf16" or keys.cache_precision == "bf16" else 4
+    weights = sum(p.numel() for block in blocks_of(model)[:depth] for p in block.parameters())
+    return ForeseenPrefix(depth, model.config.get_text_config().hidden_size * size, 2.0 * weights)
 
 
 def _states(cache: PrefixCache, corpus: Corpus, depths: list[int], what: str, *, pays: bool) -> dict[int, States]:

@@ -61,22 +61,27 @@ class PrefixCache:
         return digest_json([versions, how, corpus.content, prefix_digest(self.model, depth)])
 
     def find(self, corpus: Corpus, depth: int) -> States | None:
-        """The kept states, or None; damaged ones are removed, and it is said."""
+        """The kept states, or None where any process misses them; damaged ones are removed, and it is said."""
         key = self.key(corpus, depth)
         folder = self.folder / key[:16]
-        if not folder.is_dir():
-            return None
-        try:
-            states = States(folder)
-            if states.meta.get("key") != key:
-                raise ArtifactError("kept hidden states belong to other weights", got=states.meta.get("key"))
-        except ArtifactError as error:
-            self.run.reporter.warn(f"{error.what}: {error.where or folder}; they are computed again")
-            if self.accelerator.is_main_process:
-                shutil.rmtree(folder, ignore_errors=True)
-            return None
-        self._used.add(folder)
-        return states
+        states, damage = None, ""
+        if folder.is_dir():
+            try:
+                states = States(folder)
+                if states.meta.get("key") != key:
+                    raise ArtifactError("kept hidden states belong to other weights", got=states.meta.get("key"))
+            except ArtifactError as error:
+                damage = f"{error.what}: {error.where or folder}"
+        known = self._gathered((states is not None, damage))
+        for said in filter(None, (said for _, said in known)):
+            self.run.reporter.warn(f"{said}; they are computed again")
+        if all(there for there, _ in known) and not any(said for _, said in known):
+            self._used.add(folder)
+            return states
+        if self.accelerator.is_main_process and any(said for _, said in known):
+            shutil.rmtree(folder, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        return None
 
     def compute(self, corpus: Corpus, depths: list[int], what: str) -> dict[int, States]:
         """Computes and keeps the states of a corpus at some depths, all processes together; none where a disk is full."""
@@ -146,11 +151,15 @@ class PrefixCache:
             found = work()
         except OSError as error:
             failed = str(error)
-        if self.accelerator.num_processes > 1:
-            from accelerate.utils import gather_object
+        return next(filter(None, self._gathered(failed)), ""), found
 
-            failed = next(filter(None, gather_object([failed])), "")
-        return failed, found
+    def _gathered(self, value: Any) -> list[Any]:
+        """A value of each process."""
+        if self.accelerator.num_processes == 1:
+            return [value]
+        from accelerate.utils import gather_object
+
+        return list(gather_object([value]))
 
     def bytes_a_token(self) -> int:
         """What a token's states take at one depth."""

@@ -13,6 +13,7 @@ from typing import Any
 
 from llmkit.data.filters import build_filters
 from llmkit.errors import Problem, RecipeError
+from llmkit.model.adapters import add_adapters
 from llmkit.model.freezing import apply_freeze
 from llmkit.model.groups import parameter_groups
 from llmkit.model.loading import build_on_meta, load_config
@@ -20,7 +21,7 @@ from llmkit.model.location import locate
 from llmkit.optim import build_optimizer, build_schedule
 from llmkit.recipe.schema import Recipe
 from llmkit.recipe.training import Training
-from llmkit.stages.base import freeze_plan, task_class, within
+from llmkit.stages.base import adapter_rules, freeze_plan, task_class, within
 from llmkit.stages.evaluate import wanted_metrics
 from llmkit.stages.training import rates_of
 
@@ -46,6 +47,8 @@ def _checks(recipe: Recipe) -> Iterator[Callable[[], Any]]:
         yield from _training_checks("pretrain", recipe.pretrain)
     if "finetune" in recipe.plan:
         yield from _training_checks("finetune", recipe.finetune)
+    if "finetune" in recipe.plan and recipe.finetune.adapter is not None and recipe.model is not None:
+        yield lambda: _within("finetune", lambda: _check_adapter(recipe))
     for stage in ("pretrain", "finetune"):
         section = getattr(recipe, stage)
         if stage in recipe.plan and section is not None and section.rates and recipe.model is not None:
@@ -79,6 +82,18 @@ def _check_rates(recipe: Recipe, stage: str, training: Training) -> None:
         with suppress(RecipeError):  # which the freeze stage tells
             apply_freeze(model, freeze_plan(recipe, model))
     parameter_groups(model, rates_of(training, 1e-5), weight_decay=training.weight_decay)
+
+
+def _check_adapter(recipe: Recipe) -> None:
+    """Puts adapters into the model that the recipe starts from, as far as it is known what stands still."""
+    assert recipe.finetune.adapter is not None, "it was asked for"
+    config = load_config(locate(str(recipe.model)))
+    model = build_on_meta(config, task_class(recipe).auto_class)
+    frozen: frozenset[str] = frozenset()
+    if "freeze" in recipe.plan:
+        with suppress(RecipeError):  # which the freeze stage tells
+            frozen = freeze_plan(recipe, model).frozen_for_good
+    add_adapters(model, adapter_rules(recipe.finetune.adapter), frozen)
 
 
 def _check_freeze(recipe: Recipe) -> None:

@@ -157,7 +157,8 @@ def _write(
         if not isinstance(encoded, Encoded):
             rejected.append(Rejected(encoded, kept.where))
             continue
-        repeats = copies(kept.row, kept.weight) if folder.name.endswith("train") else 1
+        weighed = folder.name.endswith("train") or folder.name == "general"  # what is held out is there once
+        repeats = copies(kept.row, kept.weight) if weighed else 1
         for example in encoded.examples * repeats:
             writer.add(example)
         cut += encoded.lost_tokens > 0

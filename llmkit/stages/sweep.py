@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from llmkit.data.corpus import Corpus
-from llmkit.errors import RecipeError
+from llmkit.errors import DivergedError, RecipeError
 from llmkit.files import digest_json, read_json, write_json
 from llmkit.model.anatomy import read_anatomy
 from llmkit.model.freezing import FreezePlan, apply_freeze, plan_freeze
@@ -27,6 +27,7 @@ from llmkit.run.reporter import SilentReporter
 from llmkit.stages.base import model_before
 from llmkit.stages.evaluate import scoring_for
 from llmkit.stages.finetune import STAGE as FINETUNE
+from llmkit.stages.finetune import with_adapters
 from llmkit.stages.prefix import keep_states
 from llmkit.stages.prefix_cache import PrefixCache
 from llmkit.stages.training import TrainingJob, accelerator_for, make_fit, regularisation_of
@@ -84,7 +85,7 @@ def recommend(trials: Sequence[Trial]) -> tuple[Trial, str]:
     if chosen is best:
         return chosen, f"the best {what}, {score:.4f}; nothing that is quicker comes within {margin}"
     top = best.accuracy if what == "accuracy" else best.loss
-    share = chosen.seconds / best.seconds
+    share = chosen.seconds / max(best.seconds, 1e-9)
     return (
         chosen,
         f"{what} {score:.4f}, within {margin} of the best ({top:.4f}, {best.name}), in {share:.0%} of its time",
@@ -111,7 +112,7 @@ def sweep(recipe: Recipe, run: Run) -> Sweep:
     blocks = len(read_anatomy(job.model).blocks)
     folder = run.folder("freeze")
     done = _done(folder, run)
-    candidates = depths_to_try(blocks)
+    candidates = depths_to_try(blocks)[recipe.finetune.adapter is not None :]  # adapters are for blocks
     if len(done) < len(candidates):
         _compute_states(job, accelerator, [blocks - k for k in candidates if k is not None])
     budget = seconds_of(keys.budget) if keys.budget is not None else float("inf")
@@ -124,19 +125,25 @@ def sweep(recipe: Recipe, run: Run) -> Sweep:
         if done and sum(trial.seconds for trial in done) + foreseen > budget:
             left_out.append(name)
             continue
-        trial = _try(recipe, run, accelerator, k, blocks)
+        try:
+            trial = _try(recipe, run, accelerator, k, blocks)
+        except DivergedError as error:
+            run.reporter.warn(f"{name} diverged: {error.got}")
+            continue
         done.append(trial)
         write_json(folder / "sweep.json", {"inputs": _inputs(run), "trials": [asdict(trial) for trial in done]})
         score = f"loss {trial.loss:.4f}" if trial.accuracy is None else f"accuracy {trial.accuracy:.4f}"
         run.reporter.note(f"{name}: {score} in {trial.seconds:.1f} s")
     shutil.rmtree(folder / "trials", ignore_errors=True)
+    if not done:
+        raise DivergedError("training diverged at every depth", hint="lower finetune.lr", where="freeze.blocks")
     chosen, reason = recommend(done)
     return Sweep(tuple(done), chosen, reason, tuple(left_out))
 
 
 def sweep_rows(found: Sweep) -> list[tuple[str, ...]]:
     """A line for each trial, with bars: what was trained, parameters, seconds, score."""
-    slowest = max(trial.seconds for trial in found.trials)
+    slowest = max(1e-9, *(trial.seconds for trial in found.trials))
     rows: list[tuple[str, ...]] = []
     for trial in found.trials:
         mark = "->" if trial is found.recommended else ""
@@ -182,6 +189,8 @@ def _try(recipe: Recipe, run: Run, accelerator: Any, k: int | None, blocks: int)
     job = FINETUNE.job(recipe, quiet, model_before(recipe, run, "finetune"))
     plan = plan_freeze(job.model, _parts(k, blocks))
     apply_freeze(job.model, plan)
+    job = with_adapters(job)
+    trained = sum(p.numel() for p in job.model.parameters() if p.requires_grad)
     training = job.training.model_copy(update={"trackers": ()})
     fit = make_fit(replace(job, run=aside, training=training), accelerator)
     fit.resume()
@@ -195,7 +204,7 @@ def _try(recipe: Recipe, run: Run, accelerator: Any, k: int | None, blocks: int)
     loss = state.best_loss if job.training.keep == "best" else state.eval_loss
     assert loss is not None, "there are held-out data"
     shutil.rmtree(folder, ignore_errors=True)
-    return Trial(_name(k), k, plan.trainable_count, round(seconds, 2), loss, scores.get("accuracy"))
+    return Trial(_name(k), k, trained, round(max(seconds, 0.001), 3), loss, scores.get("accuracy"))
 
 
 def _classifies(job: TrainingJob) -> bool:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import resource
-import shutil
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,11 +9,9 @@ from typing import Any
 
 import torch
 
-from llmkit import __version__
 from llmkit.data.corpus import Corpus
 from llmkit.errors import RecipeError, did_you_mean
-from llmkit.files import write_json
-from llmkit.model.adapters import AdapterRules, merged, save_adapter
+from llmkit.model.adapters import AdapterRules
 from llmkit.model.folder import weights_digest
 from llmkit.model.groups import RateRule, Rates, parameter_groups
 from llmkit.model.objective import Objective
@@ -30,6 +25,7 @@ from llmkit.stages.base import parts_of, relative_files, within
 from llmkit.stages.prefix import known_prefix
 from llmkit.stages.prefix_cache import PrefixCache
 from llmkit.stages.sizing import Outline, Sizing, available_bytes, shape_computation, size_up
+from llmkit.stages.trained import group_rows, save_model, training_metrics
 from llmkit.tasks.base import Regularisation, Task
 from llmkit.train.allocator import give_back_freed_memory, keep_freed_memory
 from llmkit.train.hooks import Hook
@@ -74,19 +70,19 @@ def train_and_save(job: TrainingJob) -> tuple[Artifact, Fit]:
     fit.release()
     give_back_freed_memory()
     if accelerator.is_main_process:
-        _save_model(job, fit)
+        save_model(job, fit)
     accelerator.wait_for_everyone()
     model_folder = folder / "model"
     artifact = Artifact(
         job.stage,
         model_folder,
         weights_digest(model_folder),
-        relative_files(run, model_folder),
-        _metrics(state, fit),
+        relative_files(run, model_folder) + (relative_files(run, folder / "adapter") if job.adapter else ()),
+        training_metrics(state, fit),
         {
             "precision": fit.precision,
             "learning_rate": job.lr,
-            "parameter_groups": _group_rows(
+            "parameter_groups": group_rows(
                 [group | {"lr": lr} for group, lr in zip(fit.optimizer.param_groups, fit.base_rates, strict=True)]
             ),
             "processes": accelerator.num_processes,
@@ -116,7 +112,7 @@ def make_fit(job: TrainingJob, accelerator: Any) -> Fit:
         groups = parameter_groups(model, rates_of(training, job.lr), weight_decay=training.weight_decay)
     groups = groups_by_thaw(groups, thaws)
     columns = ("group", "tensors", "parameters", "peak rate", "weight decay")
-    run.reporter.table("parameter groups", columns, _group_rows(groups))
+    run.reporter.table("parameter groups", columns, group_rows(groups))
     objective = job.task.objective(model, regularisation_of(training))
     if objective.why_padded:
         run.guess(f"{job.stage}: padded batches", True, f"examples cannot be packed: {objective.why_padded}")
@@ -201,14 +197,6 @@ def _sizing(job: TrainingJob, precision: str, accelerator: Any) -> Sizing:
     return sizing
 
 
-def peak_memory_bytes() -> int:
-    """The most memory that was in use at once: of the GPU when there is one, else of this process."""
-    if torch.cuda.is_available():
-        return int(torch.cuda.max_memory_allocated())
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
 def accelerator_for(training: Training, folder: Path, stage: str) -> Any:
     """An Accelerator with the recipe's trackers; it knows of processes and devices, precision is the stepper's."""
     from accelerate import Accelerator
@@ -234,13 +222,6 @@ def accelerator_for(training: Training, folder: Path, stage: str) -> Any:
     )
 
 
-def _group_rows(groups: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
-    """Name, tensors, parameters, peak rate and weight decay of each group."""
-    return [
-        (g["group"], len(g["names"]), sum(p.numel() for p in g["params"]), g["lr"], g["weight_decay"]) for g in groups
-    ]
-
-
 def _hooks(job: TrainingJob, fit: Fit, accelerator: Any) -> list[Hook]:
     """Logs, progress and trackers; in the first process only, except trackers, which see to that themselves."""
     hooks: list[Hook] = []
@@ -254,47 +235,3 @@ def _hooks(job: TrainingJob, fit: Fit, accelerator: Any) -> list[Hook]:
         accelerator.init_trackers("trackers", config={"name": job.recipe.name, "learning_rate": job.lr})
         hooks.append(TrackersHook(accelerator, job.training.log_every))
     return hooks
-
-
-def _save_model(job: TrainingJob, fit: Fit) -> None:
-    """Writes the model aside and renames it into place; then forgets what only served to resume."""
-    folder = job.run.folder(job.stage)
-    aside, target = folder / ".model.tmp", folder / "model"
-    shutil.rmtree(aside, ignore_errors=True)
-    fit.model.config.use_cache = True
-    with fit.masters.in_full() as model:
-        if job.adapter is None:
-            model.save_pretrained(aside)
-        else:
-            with merged(model) as weights:
-                model.save_pretrained(aside, state_dict=weights)
-            save_adapter(model, folder / "adapter", str(job.recipe.model))
-    job.task.tokenizer.save_pretrained(aside)
-    write_json(
-        aside / "llmkit.json",
-        {
-            "llmkit": __version__,
-            "recipe": job.recipe.name,
-            "stage": job.stage,
-            "task": job.recipe.task,
-            "peak_lr": job.lr,
-        },
-    )
-    shutil.rmtree(target, ignore_errors=True)
-    aside.rename(target)
-
-
-def _metrics(state: TrainState, fit: Fit) -> dict[str, Any]:
-    return {
-        "steps": state.step,
-        "train_loss": state.train_loss,
-        "eval_loss": state.best_loss if fit.training.keep == "best" else state.eval_loss,
-        "train_seconds": round(state.seconds, 3),
-        "train_tokens": state.tokens,
-        "supervised_tokens": state.supervised,
-        "tokens_per_second": round(state.tokens_per_second, 1),
-        "computed_tokens": state.computed,
-        "padding_share": round(max(0.0, 1 - state.tokens / state.computed), 4) if state.computed else None,
-        "peak_memory_bytes": peak_memory_bytes(),
-        "best_step": state.best_step,
-    }

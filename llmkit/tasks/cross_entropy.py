@@ -59,9 +59,10 @@ class _Chunked(torch.autograd.Function):
         for part, wanted in _chunks(hidden, targets, weights):
             with torch.enable_grad():
                 own = part.detach().requires_grad_(wants_hidden)
-                loss = F.cross_entropy(logits(own).float(), wanted, reduction="sum", label_smoothing=smoothing)
-            found = list(torch.autograd.grad(loss, ([own] if wants_hidden else []) + list(trained)))
-            total += loss.detach()
+                raw = logits(own)
+            loss, slope = _loss_and_slope(raw.detach(), wanted, smoothing)
+            found = list(torch.autograd.grad(raw, ([own] if wants_hidden else []) + list(trained), slope))
+            total += loss
             if wants_hidden:
                 hidden_gradients.append(found.pop(0))
             sums = [old.float().add_(new) for old, new in zip(sums, found, strict=True)] if sums else found
@@ -80,10 +81,29 @@ class _Chunked(torch.autograd.Function):
         return hidden, None, None, None, None, *weights
 
 
+def _loss_and_slope(logits: torch.Tensor, targets: torch.Tensor, smoothing: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """The summed cross entropy of (S, V) logits, and its gradient with respect to them, in few passes over memory."""
+    found = logits.to(torch.float32, copy=True)
+    sums, rows = found.logsumexp(dim=-1), targets[:, None]
+    loss = sums - (1 - smoothing) * found.gather(1, rows)[:, 0]
+    if smoothing:
+        loss -= smoothing * found.mean(dim=-1)
+    slope = found.sub_(sums[:, None]).exp_()  # the probabilities
+    if smoothing:
+        slope -= smoothing / slope.shape[1]
+    slope.scatter_add_(1, rows, torch.full_like(rows, smoothing - 1, dtype=slope.dtype))
+    return loss.sum(), slope.to(logits.dtype)
+
+
 def _chunks(
     hidden: torch.Tensor, targets: torch.Tensor, weights: tuple[torch.Tensor, ...]
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Parts of so many tokens that their fp32 logits take some 64 MiB on a CPU, and 256 MiB on a GPU."""
+    """Parts of so many tokens that their fp32 logits take some 64 MiB on a CPU, and 256 MiB on a GPU.
+
+    12 MiB where no weight learns: each part then costs nothing of its own, and the heap has such blocks at hand.
+    """
     words = max((weight.shape[0] for weight in weights), default=hidden.shape[-1])  # without weights they are logits
-    size = max(64, (2**28 if hidden.is_cuda else 2**26) // (4 * words))
+    small = not any(weight.requires_grad for weight in weights)
+    most = 2**28 if hidden.is_cuda else 12 * 2**20 if small else 2**26
+    size = max(64, most // (4 * words))
     return zip(hidden.split(size), targets.split(size), strict=True)
