@@ -71,6 +71,7 @@ _SHORTENED = {
     "adapters-chat": [
         *("finetune.epochs=null", "finetune.steps=2", "finetune.batch_size=2", "data.eval=0.2%", "evaluate.samples=1"),
         *(
+            "evaluate.generate=1",
             "data.train=[{uri: 'builtin:docstrings', weight: 0.01}]",
             "data.general=[{uri: 'builtin:python-docs', weight: 0.001}]",
         ),
