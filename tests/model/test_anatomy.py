@@ -50,6 +50,34 @@ FAMILIES: list[tuple[str, str, dict[str, Any], tuple[tuple[str, int], ...], list
     ("mixtral", LM, GROUPED | {"num_local_experts": 4}, (ONE,), ["model.embed_tokens"], ["model.norm"], ["lm_head"]),
     ("gemma2", LM, GROUPED | {"head_dim": 8}, (ONE,), ["model.embed_tokens"], ["model.norm"], []),
     ("phi", LM, SIZE, (ONE,), ["model.embed_tokens"], ["model.final_layernorm"], ["lm_head"]),
+    *(
+        (family, LM, GROUPED | more, (ONE,), ["model.embed_tokens"], ["model.norm"], head)
+        for family, more, head in (
+            ("qwen3", {"head_dim": 8}, ["lm_head"]),
+            ("phi3", {}, ["lm_head"]),
+            ("olmo2", {}, ["lm_head"]),
+            ("stablelm", {}, ["lm_head"]),
+            ("granite", {}, ["lm_head"]),
+            ("qwen2_moe", {"num_experts": 4, "moe_intermediate_size": 16}, ["lm_head"]),
+            ("starcoder2", {}, []),
+            ("cohere", {}, []),
+            ("gemma3_text", {"head_dim": 8}, []),
+        )
+    ),
+    ("falcon", LM, SIZE, (("transformer.h", 3),), ["transformer.word_embeddings"], ["transformer.ln_f"], []),
+    (
+        *("modernbert", MLM, SIZE | {"cls_token_id": 1, "sep_token_id": 2}, (ONE,)),
+        *(["model.embeddings.tok_embeddings", "model.embeddings.norm"], ["model.final_norm"]),
+        ["head.dense", "head.norm", "decoder"],
+    ),
+    (
+        *("mpnet", CLASSIFY, SIZE, (("mpnet.encoder.layer", 3),)),
+        [
+            *(f"mpnet.embeddings.{name}" for name in BERT_EMBEDDINGS if "type" not in name),
+            "mpnet.encoder.relative_attention_bias",  # every block reads it
+        ],
+        *([], ["classifier.dense", "classifier.out_proj"]),
+    ),
     (
         *("gpt_neox", LM, SIZE, (("gpt_neox.layers", 3),)),
         *(["gpt_neox.embed_in"], ["gpt_neox.final_layer_norm"], ["lm_head"]),
