@@ -24,7 +24,8 @@ from llmkit.stages.base import (
     within,
 )
 from llmkit.stages.evaluate import scoring_for
-from llmkit.stages.training import TrainingJob, train_and_save
+from llmkit.stages.job import TrainingJob
+from llmkit.stages.training import train_and_save
 from llmkit.train.state import seed_everything
 
 # Peak rates for a parent that does not record its own. Text and chat: the rate at which Ouyang et al. (InstructGPT,

@@ -25,12 +25,13 @@ from llmkit.run.directory import Run
 from llmkit.stages.base import adapter_rules, corpus_in, freeze_plan, pretraining_corpora, task_class, task_for
 from llmkit.stages.finetune import STAGE as FINETUNE
 from llmkit.stages.finetune import with_adapters
+from llmkit.stages.job import TrainingJob
 from llmkit.stages.pipeline import run_stages
 from llmkit.stages.prefix import foreseen_prefix
 from llmkit.stages.pretrain import STAGE as PRETRAIN
 from llmkit.stages.sizing import Outline, Sizing, available_bytes, size_up
 from llmkit.stages.trained import peak_memory_bytes
-from llmkit.stages.training import TrainingJob, accelerator_for, make_fit, regularisation_of
+from llmkit.stages.training import accelerator_for, make_fit, regularisation_of
 
 # What a training reaches of the rate of a large matrix product, seen on the shipped recipes; --measure does not guess.
 _EFFICIENCY = {"cpu": 0.25, "cuda": 0.4}

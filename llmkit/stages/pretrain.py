@@ -19,7 +19,8 @@ from llmkit.recipe.schema import Recipe, result_keys
 from llmkit.recipe.training import Pretrain as PretrainKeys
 from llmkit.run.directory import Artifact, Run
 from llmkit.stages.base import corpus_in, pretraining_corpora, require_corpus, task_for
-from llmkit.stages.training import TrainingJob, train_and_save
+from llmkit.stages.job import TrainingJob
+from llmkit.stages.training import train_and_save
 
 # Peak rates when the recipe names none: GPT-3 (Brown et al., 2020) trained its smallest model at 6e-4; going on from
 # pretrained weights wants less, or it forgets.

@@ -28,9 +28,10 @@ from llmkit.stages.base import model_before
 from llmkit.stages.evaluate import scoring_for
 from llmkit.stages.finetune import STAGE as FINETUNE
 from llmkit.stages.finetune import with_adapters
+from llmkit.stages.job import TrainingJob
 from llmkit.stages.prefix import keep_states
 from llmkit.stages.prefix_cache import PrefixCache
-from llmkit.stages.training import TrainingJob, accelerator_for, make_fit, regularisation_of
+from llmkit.stages.training import accelerator_for, make_fit, regularisation_of
 from llmkit.train.masters import Masters
 
 _POINTS = 0.005  # of accuracy that count as nothing

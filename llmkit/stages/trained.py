@@ -5,18 +5,16 @@ from __future__ import annotations
 import resource
 import shutil
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from llmkit import __version__
 from llmkit.files import write_json
 from llmkit.model.adapters import merged, save_adapter
+from llmkit.stages.job import TrainingJob
 from llmkit.train.loop import Fit
 from llmkit.train.state import TrainState
-
-if TYPE_CHECKING:
-    from llmkit.stages.training import TrainingJob
 
 
 def save_model(job: TrainingJob, fit: Fit) -> None:

@@ -3,30 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from llmkit.data.corpus import Corpus
 from llmkit.errors import RecipeError, did_you_mean
-from llmkit.model.adapters import AdapterRules
 from llmkit.model.folder import weights_digest
 from llmkit.model.groups import RateRule, Rates, parameter_groups
 from llmkit.model.objective import Objective
 from llmkit.model.precision import choose_precision
 from llmkit.optim import build_optimizer, build_schedule
-from llmkit.recipe.schema import Freeze, Recipe
 from llmkit.recipe.training import Training
-from llmkit.run.directory import Artifact, Run
+from llmkit.run.directory import Artifact
 from llmkit.run.log import MetricsLog
 from llmkit.stages.base import parts_of, relative_files, within
+from llmkit.stages.job import TrainingJob
 from llmkit.stages.prefix import known_prefix
 from llmkit.stages.prefix_cache import PrefixCache
 from llmkit.stages.sizing import Outline, Sizing, available_bytes, shape_computation, size_up
 from llmkit.stages.trained import group_rows, save_model, training_metrics
-from llmkit.tasks.base import Regularisation, Task
+from llmkit.tasks.base import Regularisation
 from llmkit.train.allocator import give_back_freed_memory, keep_freed_memory
 from llmkit.train.hooks import Hook
 from llmkit.train.hooks.metrics_log import MetricsLogHook
@@ -36,27 +33,6 @@ from llmkit.train.loop import Fit
 from llmkit.train.masters import Masters
 from llmkit.train.state import TrainState, seed_everything
 from llmkit.train.thaw import Thaw, groups_by_thaw, thaws_at
-
-
-@dataclass(frozen=True)
-class TrainingJob:
-    """One training stage's work."""
-
-    stage: str
-    recipe: Recipe
-    run: Run
-    training: Training
-    lr: float
-    model: Any
-    task: Task
-    train: Corpus
-    held_out: Corpus | None
-    freezes: Freeze | None = None  # what the recipe says of the part that stands still
-    thaws: tuple[dict[str, Any], ...] = ()  # the freeze plan's
-    adapter: AdapterRules | None = None  # that was put into the model
-    l2_sp: float = 0.0
-    new_parameters: tuple[str, ...] = ()  # that the parent has not
-    frozen_before: frozenset[str] = frozenset()  # what stood still before that
 
 
 def train_and_save(job: TrainingJob) -> tuple[Artifact, Fit]:
