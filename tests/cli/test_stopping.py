@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,14 @@ from llmkit.run.log import read_metrics
 SETTINGS = ("data.eval=20%", "finetune.steps=12", "finetune.lr=1e-3", "finetune.log_every=1", "finetune.eval_every=5")
 SIGNALS = [(signal.SIGTERM, 75, "stopped"), (signal.SIGUSR1, 75, "stopped"), (signal.SIGINT, 130, "interrupted")]
 by_signal = pytest.mark.parametrize(("number", "code", "kind"), SIGNALS, ids=lambda value: str(value))
+
+
+@pytest.fixture(autouse=True)
+def _ctrl_c_interrupts() -> Iterator[None]:
+    """As on a terminal: a shell starts what it runs in the background with SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture
