@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 
@@ -105,3 +105,12 @@ def did_you_mean(name: str, known: Iterable[str]) -> str | None:
     """A hint that names the closest known word, or None when nothing is close."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f"did you mean `{close[0]}`?" if close else None
+
+
+def raise_all(problems: Sequence[Problem]) -> None:
+    """Raises a RecipeError with all problems, if there are any."""
+    if problems:
+        first = problems[0]
+        raise RecipeError(
+            first.what, got=first.got, expected=first.expected, hint=first.hint, where=first.where, problems=problems
+        )

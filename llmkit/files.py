@@ -54,6 +54,11 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def cache_folder(name: str) -> Path:
+    """A folder of this user's cache, below `$XDG_CACHE_HOME` or ~/.cache, whether or not it exists."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llmkit" / name
+
+
 def read_json(path: Path) -> Any:
     """A JSON file's value. Raises ArtifactError, naming the file and line, when it is missing or damaged."""
     try:

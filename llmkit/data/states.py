@@ -97,6 +97,7 @@ class States:
         self.dtype: str = manifest["dtype"]
         self.meta: dict[str, Any] = manifest["meta"]
         self._index = np.load(self.folder / _INDEX)
+        self.complete = bool((self._index[:, 0] >= 0).all())  # every example's states are there
         names = sorted(name for name in manifest["sha256"] if name != _INDEX)
         self._parts = [self._map(self.folder / name, manifest["width"]) for name in names]
         os.utime(self.folder / _MANIFEST)  # used now: `make_room` takes the oldest first
@@ -119,11 +120,6 @@ class States:
     def bytes(self) -> int:
         """What they take on disk."""
         return sum(part.nbytes for part in self._parts)
-
-    @property
-    def complete(self) -> bool:
-        """True when every example's states are there."""
-        return bool((self._index[:, 0] >= 0).all())
 
 
 class CorpusWithStates(Sequence[Example]):

@@ -59,7 +59,8 @@ def add_adapters(model: Any, rules: AdapterRules, frozen: Collection[str] = ()) 
         ) from None
     config = _read_config(rules.start) if rules.start else None
     targets = _targets(model, rules, frozen) if config is None else ()
-    head = [name for name in read_anatomy(model).head if name not in frozen and name not in _outputs(model)]
+    stays = {*frozen, *_outputs(model)}
+    head = [name for name in read_anatomy(model).head if name not in stays]
     try:
         inject_adapter_in_model(config or _config(rules, targets), model)
     except ValueError as error:

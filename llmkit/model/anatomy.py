@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import takewhile
 
@@ -32,6 +32,18 @@ class Anatomy:
     tied: dict[str, tuple[str, ...]]  # name in named_parameters() -> the other names of the same tensor
     tied_head: tuple[str, ...]  # the head's names for tensors that are counted elsewhere, such as lm_head.weight
     stacks: tuple[tuple[str, int], ...]  # name and number of blocks, in the order of `blocks`
+
+    def tensors(self, names: Iterable[str]) -> set[str]:
+        """The names in named_parameters() of the tensors that some names stand for."""
+        listed = {alias: name for name, aliases in self.tied.items() for alias in aliases}
+        return {listed.get(name, name) for name in names}
+
+    def frozen_prefix(self, frozen: Collection[str]) -> int:
+        """How many leading blocks of the first stack are frozen, together with all that leads into them."""
+        if not self.stacks or not set(self.embeddings) <= set(frozen):
+            return 0
+        first = self.blocks[: self.stacks[0][1]]
+        return next((number for number, block in enumerate(first) if not set(block) <= set(frozen)), len(first))
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ from typing import Any
 
 from torch import nn
 
-from llmkit.errors import ArtifactError, Problem, RecipeError
+from llmkit.errors import ArtifactError, Problem, RecipeError, raise_all
 from llmkit.model.anatomy import Anatomy, read_anatomy
-from llmkit.model.parts import Parts, counted, raise_all, resolve_parts, some_of
+from llmkit.model.parts import Parts, counted, resolve_parts, some_of
 from llmkit.recipe.values import is_share
 
 _HEAD_ALONE = 20  # percent of the steps of `head-first`
@@ -82,10 +82,9 @@ def plan_freeze(model: nn.Module, parts: Parts, unfreeze: str | Sequence[ThawRul
     """
     anatomy = read_anatomy(model)
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
-    canonical = {alias: name for name, aliases in anatomy.tied.items() for alias in aliases}
     matches, problems = resolve_parts(parts, anatomy, list(sizes), "freeze")
     named = {name for matched in matches.values() for name in matched[1]}
-    stands_still = {canonical.get(name, name) for name in named}
+    stands_still = anatomy.tensors(named)
     if isinstance(unfreeze, str):
         raise_all(problems)
         thaws = _preset(unfreeze, anatomy, list(sizes), stands_still)
@@ -108,7 +107,7 @@ def plan_freeze(model: nn.Module, parts: Parts, unfreeze: str | Sequence[ThawRul
         )
     reasons = {}
     for rule, (what, matched) in matches.items():
-        scalars = sum(sizes[name] for name in {canonical.get(name, name) for name in matched})
+        scalars = sum(sizes[name] for name in anatomy.tensors(matched))
         reasons[rule] = f"{what}, {counted(scalars, 'parameter')}"
     return FreezePlan(
         frozen=frozen,
@@ -117,7 +116,7 @@ def plan_freeze(model: nn.Module, parts: Parts, unfreeze: str | Sequence[ThawRul
         notes=_tied_notes(anatomy, named, stands_still),
         frozen_count=sum(sizes[name] for name in frozen),
         trainable_count=sum(sizes[name] for name in trainable),
-        frozen_prefix_blocks=_frozen_prefix(anatomy, stands_still),
+        frozen_prefix_blocks=anatomy.frozen_prefix(stands_still),
         thaws=tuple(thaws),
     )
 
@@ -150,14 +149,13 @@ def _thaws(
     rules: Sequence[ThawRule], anatomy: Anatomy, names: list[str], stands_still: set[str], *, resolved: bool
 ) -> tuple[list[dict[str, Any]], list[Problem]]:
     """What thaws by the recipe's own list, and the mistakes in it; `resolved` says that the frozen blocks are known."""
-    canonical = {alias: name for name, aliases in anatomy.tied.items() for alias in aliases}
     thaws: list[dict[str, Any]] = []
     problems: list[Problem] = []
     for number, rule in enumerate(rules):
         where = f"freeze.unfreeze.{number}"
         matches, more = resolve_parts(rule.parts, anatomy, names, where)
         problems += more
-        given = {canonical.get(name, name) for _, matched in matches.values() for name in matched}
+        given = anatomy.tensors(name for _, matched in matches.values() for name in matched)
         before = {name for thaw in thaws for name in thaw["names"]}
         for what, odd in (
             ("does not stand still", given - stands_still if resolved else set()),
@@ -211,10 +209,3 @@ def _tied_notes(anatomy: Anatomy, named: set[str], stands_still: set[str]) -> tu
         cause = next(item for item in group if item in named)
         notes += [f"{item} is tied to {cause}: it stands still with it" for item in group if item not in named]
     return tuple(notes)
-
-
-def _frozen_prefix(anatomy: Anatomy, frozen: set[str]) -> int:
-    if not frozen.issuperset(anatomy.embeddings) or not anatomy.stacks:
-        return 0
-    first_stack = anatomy.blocks[: anatomy.stacks[0][1]]
-    return next((number for number, block in enumerate(first_stack) if not frozen.issuperset(block)), len(first_stack))

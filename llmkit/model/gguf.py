@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import io
-import os
 import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from llmkit.errors import ArtifactError, ResourceError
-from llmkit.files import digest_file, digest_json, sync_folder
+from llmkit.files import cache_folder, digest_file, digest_json, sync_folder
 from llmkit.model.loading import load_model, load_tokenizer, quiet_transformers
 
 CONVERSION_VERSION = 1  # raise it when `convert` writes something else for the same file
@@ -32,7 +31,7 @@ def cached_folder(gguf: Path) -> Path:
 
     check_magic(gguf)
     key = digest_json([digest_file(gguf), transformers.__version__, CONVERSION_VERSION])[:16]
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llmkit" / "gguf"
+    cache = cache_folder("gguf")
     folder = cache / key
     try:
         cache.mkdir(parents=True, exist_ok=True)

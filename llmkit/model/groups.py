@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from llmkit.errors import Problem, RecipeError
+from llmkit.errors import Problem, RecipeError, raise_all
 from llmkit.model.anatomy import Anatomy, read_anatomy
-from llmkit.model.parts import Parts, raise_all, resolve_parts, some_of
+from llmkit.model.parts import Parts, resolve_parts, some_of
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,6 @@ def _rates_by_name(
     found = dict.fromkeys(trainable, ("", rates.lr))
     if rates.layer_decay != 1:
         found = {name: (part, rates.lr * rates.layer_decay**n) for name, (part, n) in _heights(anatomy).items()}
-    canonical = {alias: name for name, aliases in anatomy.tied.items() for alias in aliases}
     ruled: dict[str, str] = {}
     problems: list[Problem] = []
     for number, rule in enumerate(rates.rules):
@@ -90,7 +89,7 @@ def _rates_by_name(
         matches, more = resolve_parts(rule.parts, anatomy, [name for name, _ in model.named_parameters()], where)
         problems += more
         what = ", ".join(matches)
-        named = {canonical.get(name, name) for _, covered in matches.values() for name in covered}
+        named = anatomy.tensors(name for _, covered in matches.values() for name in covered)
         moving = named & trainable
         if not moving and not more:
             problems.append(Problem(f"`{what}` stands still, so that it has no rate", where=where, hint="leave it out"))

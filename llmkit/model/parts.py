@@ -128,15 +128,6 @@ def _blocks_error(what: str, text: str, anatomy: Anatomy, where: str) -> RecipeE
     return RecipeError(what, got=text, expected=f"{GRAMMAR}; {has}", hint=hint, where=f"{where}.blocks")
 
 
-def raise_all(problems: list[Problem]) -> None:
-    """Raises a RecipeError with all problems, if there are any."""
-    if problems:
-        first = problems[0]
-        raise RecipeError(
-            first.what, got=first.got, expected=first.expected, hint=first.hint, where=first.where, problems=problems
-        )
-
-
 def counted(count: int, noun: str) -> str:
     """`1 block`, `2 blocks`."""
     return f"{count:,} {noun}" + ("" if count == 1 else "s")

@@ -27,12 +27,8 @@ def frozen_prefix(model: nn.Module, held: Collection[str] = ()) -> int:
 
     What is in `held` counts as frozen too.
     """
-    anatomy = read_anatomy(model)
     frozen = {name for name, p in model.named_parameters() if not p.requires_grad or name in held}
-    if not anatomy.stacks or not frozen.issuperset(anatomy.embeddings):
-        return 0
-    first = anatomy.blocks[: anatomy.stacks[0][1]]
-    return next((number for number, block in enumerate(first) if not frozen.issuperset(block)), len(first))
+    return read_anatomy(model).frozen_prefix(frozen)
 
 
 def still_modules(model: nn.Module, depth: int | None = None) -> tuple[str, ...]:
@@ -45,6 +41,18 @@ def still_modules(model: nn.Module, depth: int | None = None) -> tuple[str, ...]
     blocks = frozen if depth is None else blocks_of(model)[:depth]
     entry = entry_modules(model) if depth or frozen_prefix(model) else []
     return tuple(paths[id(module)] for module in [*entry, *blocks])
+
+
+def train_but_still(model: nn.Module, depth: int | None = None) -> None:
+    """Puts a model into training, but for its `still_modules`, which compute as in evaluation."""
+    model.train()
+    for path in still_modules(model, depth):
+        model.get_submodule(path).eval()
+
+
+def hidden_of(output: Any) -> Any:
+    """The hidden states in what a block gives: that itself, or the first of several things."""
+    return output[0] if isinstance(output, tuple) else output
 
 
 def prefix_digest(model: Any, depth: int) -> str:

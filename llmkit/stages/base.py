@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from llmkit import catalog
 from llmkit.data.corpus import Corpus
-from llmkit.errors import ArtifactError, RecipeError
+from llmkit.errors import ArtifactError, RecipeError, raise_all
 from llmkit.files import read_json
 from llmkit.model.adapters import AdapterRules
 from llmkit.model.folder import weights_digest
@@ -57,10 +57,9 @@ def within(section: str) -> Iterator[None]:
         yield
     except RecipeError as error:
         problems = [replace(problem, where=f"{section}.{problem.where}") for problem in error.problems]
-        first = problems[0]
-        raise RecipeError(
-            error.what, got=first.got, expected=first.expected, hint=first.hint, where=first.where, problems=problems
-        ) from None
+    else:
+        return
+    raise_all(problems)
 
 
 def freeze_plan(recipe: Recipe, model: Any, run: Run | None = None) -> FreezePlan:

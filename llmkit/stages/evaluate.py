@@ -66,11 +66,12 @@ class Evaluate:
         against = _against(recipe)
         if against is not None:
             folders["parent" if recipe.evaluate.against == "parent" else "other"] = locate(against)
+        general = corpus_in(run, "general")
+        plain = task_for(recipe, run, general, "text") if general is not None else None
         scores = {}
         for name, source in folders.items():
             scores[name] = _score(recipe, run, task, corpus, scoring, source, name)
-            if (general := corpus_in(run, "general")) is not None:
-                plain = task_for(recipe, run, general, "text")
+            if general is not None and plain is not None:
                 whole = replace(scoring, metrics=plain.metrics, generate=0, samples=0)
                 found = _score(recipe, run, plain, general, whole, source, f"{name} on general text").metrics
                 more = {f"general_{metric}": value for metric, value in found.items()}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import time
 from collections.abc import Callable
@@ -17,7 +16,7 @@ import torch
 from llmkit.data.corpus import Corpus
 from llmkit.data.states import States, StatesWriter, folder_bytes, join_parts, make_room
 from llmkit.errors import ArtifactError
-from llmkit.files import digest_json
+from llmkit.files import cache_folder, digest_json
 from llmkit.model.objective import Objective
 from llmkit.model.prefix import prefix_digest
 from llmkit.recipe.schema import Freeze
@@ -40,12 +39,13 @@ class PrefixCache:
     size_column: str
     precision: str
     accelerator: Any
+    _digests: dict[int, str] = field(default_factory=dict)
     _used: set[Path] = field(default_factory=set)  # folders that this run reads
 
     @property
     def folder(self) -> Path:
         """All kept states of this user, one folder for each prefix and corpus."""
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llmkit" / "prefix"
+        return cache_folder("prefix")
 
     @property
     def dtype(self) -> torch.dtype | None:
@@ -58,7 +58,9 @@ class PrefixCache:
 
         versions = [STATES_VERSION, torch.__version__, transformers.__version__]
         how = [self.precision, self.keys.cache_precision, self.model.device.type, type(self.objective).__name__]
-        return digest_json([versions, how, corpus.content, prefix_digest(self.model, depth)])
+        if depth not in self._digests:  # which reads all weights before the depth
+            self._digests[depth] = prefix_digest(self.model, depth)
+        return digest_json([versions, how, corpus.content, self._digests[depth]])
 
     def find(self, corpus: Corpus, depth: int) -> States | None:
         """The kept states, or None where any process misses them; damaged ones are removed, and it is said."""
@@ -120,8 +122,9 @@ class PrefixCache:
 
     def _write(self, corpus: Corpus, numbers: np.ndarray, asides: dict[int, Path], what: str) -> None:
         """Writes this process's part of the states."""
-        mine = numbers[self.accelerator.process_index :: self.accelerator.num_processes].tolist()
-        writers = {depth: StatesWriter(aside, self._process, len(corpus)) for depth, aside in asides.items()}
+        process = int(self.accelerator.process_index)
+        mine = numbers[process :: self.accelerator.num_processes].tolist()
+        writers = {depth: StatesWriter(aside, process, len(corpus)) for depth, aside in asides.items()}
         progress = self.run.reporter.progress(f"frozen prefix, {what}", len(mine), "examples")
         try:
             compute_states(
@@ -176,10 +179,6 @@ class PrefixCache:
         if fitting and self.accelerator.is_main_process:
             make_room(self.folder, most - int(sizes[fitting - 1]), self._used)
         return np.arange(fitting)
-
-    @property
-    def _process(self) -> int:
-        return int(self.accelerator.process_index)
 
     def _agreed(self, value: Any) -> Any:
         """The first process's value, in all of them."""

@@ -14,7 +14,7 @@ from typing import Any
 from llmkit.data.filters import build_filters
 from llmkit.errors import Problem, RecipeError
 from llmkit.model.adapters import add_adapters
-from llmkit.model.freezing import apply_freeze
+from llmkit.model.freezing import FreezePlan, apply_freeze
 from llmkit.model.groups import parameter_groups
 from llmkit.model.loading import build_on_meta, load_config
 from llmkit.model.location import locate
@@ -76,28 +76,34 @@ def _within(stage: str, check: Callable[[], Any]) -> None:
 
 def _check_rates(recipe: Recipe, stage: str, training: Training) -> None:
     """Groups the parameters of the model that the recipe starts from."""
-    config = load_config(locate(str(recipe.model)))
-    model = build_on_meta(config, task_class(recipe).auto_class if stage == "finetune" else "AutoModelForCausalLM")
-    if stage == "finetune" and "freeze" in recipe.plan:
-        with suppress(RecipeError):  # which the freeze stage tells
-            apply_freeze(model, freeze_plan(recipe, model))
+    model = _outline(recipe, task_class(recipe).auto_class if stage == "finetune" else "AutoModelForCausalLM")
+    if stage == "finetune" and (plan := _plan(recipe, model)) is not None:
+        apply_freeze(model, plan)
     parameter_groups(model, rates_of(training, 1e-5), weight_decay=training.weight_decay)
 
 
 def _check_adapter(recipe: Recipe) -> None:
     """Puts adapters into the model that the recipe starts from, as far as it is known what stands still."""
     assert recipe.finetune.adapter is not None, "it was asked for"
-    config = load_config(locate(str(recipe.model)))
-    model = build_on_meta(config, task_class(recipe).auto_class)
-    frozen: frozenset[str] = frozenset()
+    model = _outline(recipe, task_class(recipe).auto_class)
+    plan = _plan(recipe, model)
+    add_adapters(model, adapter_rules(recipe.finetune.adapter), plan.frozen_for_good if plan is not None else ())
+
+
+def _outline(recipe: Recipe, auto_class: str) -> Any:
+    """The model that the recipe starts from, without weights."""
+    return build_on_meta(load_config(locate(str(recipe.model))), auto_class)
+
+
+def _plan(recipe: Recipe, model: Any) -> FreezePlan | None:
+    """What stands still; None for nothing, and for mistakes, which the freeze stage tells."""
     if "freeze" in recipe.plan:
-        with suppress(RecipeError):  # which the freeze stage tells
-            frozen = freeze_plan(recipe, model).frozen_for_good
-    add_adapters(model, adapter_rules(recipe.finetune.adapter), frozen)
+        with suppress(RecipeError):
+            return freeze_plan(recipe, model)
+    return None
 
 
 def _check_freeze(recipe: Recipe) -> None:
     """Plans the freezing of the model that pretraining goes on from; it has the same parts afterwards."""
     assert recipe.freeze is not None, "the schema asks for a section `freeze` when there is such a stage"
-    config = load_config(locate(str(recipe.model)))
-    freeze_plan(recipe, build_on_meta(config, task_class(recipe).auto_class))
+    freeze_plan(recipe, _outline(recipe, task_class(recipe).auto_class))

@@ -22,7 +22,7 @@ from llmkit.data.states import CorpusWithStates
 from llmkit.errors import DataError, DivergedError
 from llmkit.model.objective import Objective, to_device
 from llmkit.model.precision import autocast
-from llmkit.model.prefix import frozen_prefix, still_modules
+from llmkit.model.prefix import frozen_prefix, train_but_still
 from llmkit.optim.schedules import Progress
 from llmkit.recipe.training import Training
 from llmkit.recipe.values import count_of, seconds_of
@@ -147,10 +147,10 @@ class Fit:
 
     def train_mode(self) -> None:
         """The model as it trains: with dropout, but for what stands still."""
-        self.model.train()
-        if not self.frozen_dropout:
-            for path in still_modules(self.model):
-                self.model.get_submodule(path).eval()
+        if self.frozen_dropout:
+            self.model.train()
+        else:
+            train_but_still(self.model)
 
     def _thawed(self) -> None:
         """Takes in that more of the model moves."""

@@ -19,7 +19,7 @@ from llmkit.data.corpus import Corpus, Example
 from llmkit.data.states import STATES, StatesWriter
 from llmkit.model.objective import Batch, Objective, to_device
 from llmkit.model.precision import autocast
-from llmkit.model.prefix import Prefix, outputs_at, still_modules
+from llmkit.model.prefix import Prefix, hidden_of, outputs_at, train_but_still
 from llmkit.train.micro_batches import cut
 
 _DEPTH = "prefix_depth"
@@ -91,7 +91,7 @@ def try_prefix(
         with objective.computing(), autocast(model.device, precision):
             batch = to_device(objective.collate(examples), model.device)
             output = outputs_at(model, [depth], partial(objective.loss, model, batch)).get(depth)
-            states = output[0] if isinstance(output, tuple) else output
+            states = hidden_of(output)
             if not isinstance(states, torch.Tensor) or states.shape[:-1] != batch["input_ids"].shape:
                 return "its blocks pass on something else than hidden states"
             states = states.flatten(0, 1)
@@ -120,20 +120,22 @@ def try_prefix(
 
 def _of_one(objective: Objective, model: Any, depth: int, example: Example) -> torch.Tensor:
     batch = to_device(objective.collate([example]), model.device)
-    output = outputs_at(model, [depth], partial(objective.loss, model, batch))[depth]
-    states: torch.Tensor = (output[0] if isinstance(output, tuple) else output).flatten(0, 1)
+    states = _rows_at(objective, model, depth, batch)
     return states[batch["places"][0]]
 
 
 def _while_training(objective: Objective, model: Any, depth: int, batch: Batch) -> torch.Tensor:
-    still = still_modules(model, depth)
-    model.train()
-    for path in still:
-        model.get_submodule(path).eval()
-    output = outputs_at(model, [depth], partial(objective.loss, model, batch))[depth]
+    train_but_still(model, depth)
+    states = _rows_at(objective, model, depth, batch)
     model.eval()
-    states: torch.Tensor = (output[0] if isinstance(output, tuple) else output).flatten(0, 1)
     return states
+
+
+def _rows_at(objective: Objective, model: Any, depth: int, batch: Batch) -> torch.Tensor:
+    """The states at one depth of one forward pass, a row for each position."""
+    found = outputs_at(model, [depth], partial(objective.loss, model, batch))[depth]
+    rows: torch.Tensor = hidden_of(found).flatten(0, 1)
+    return rows
 
 
 def _differ(one: torch.Tensor, other: torch.Tensor, tolerance: float) -> bool:
@@ -174,7 +176,7 @@ def compute_states(
 
 
 def _write(writer: StatesWriter, output: Any, batch: Batch, numbers: list[int], dtype: torch.dtype | None) -> None:
-    states = (output[0] if isinstance(output, tuple) else output).flatten(0, 1)
+    states = hidden_of(output).flatten(0, 1)
     states = states.to("cpu", dtype or states.dtype)
     name = str(states.dtype).removeprefix("torch.")
     array = (states.view(torch.int16) if states.dtype == torch.bfloat16 else states).numpy()
