@@ -38,8 +38,24 @@ CATALOG: dict[str, dict[str, str]] = {
         "text_label": "llmkit.data.rows:from_text_label",
     },
     "filter": {
+        "fix_encoding": "llmkit.data.filters.fix_encoding:FixEncodingFilter",
+        "strip_markup": "llmkit.data.filters.strip_markup:StripMarkupFilter",
+        "white_space": "llmkit.data.filters.white_space:WhiteSpaceFilter",
         "length": "llmkit.data.filters.length:LengthFilter",
+        "repetition": "llmkit.data.filters.repetition:RepetitionFilter",
+        "quality": "llmkit.data.filters.quality:QualityFilter",
+        "language": "llmkit.data.filters.language:LanguageFilter",
+        "personal_data": "llmkit.data.filters.personal_data:PersonalDataFilter",
+        "block_list": "llmkit.data.filters.block_list:BlockListFilter",
         "duplicates": "llmkit.data.filters.duplicates:DuplicatesFilter",
+        "near_duplicates": "llmkit.data.filters.near_duplicates:NearDuplicatesFilter",
+    },
+    "augmentation": {
+        "word_deletion": "llmkit.data.augment.words:WordDeletion",
+        "word_swap": "llmkit.data.augment.words:WordSwap",
+        "case": "llmkit.data.augment.characters:CaseNoise",
+        "typos": "llmkit.data.augment.characters:Typos",
+        "token_masking": "llmkit.data.augment.token_masking:TokenMasking",
     },
     "optimizer": {
         "adamw": "llmkit.optim.adamw:build",
@@ -71,6 +87,11 @@ CATALOG: dict[str, dict[str, str]] = {
 def names(group: str) -> tuple[str, ...]:
     """The names that a group answers to, in catalogue order."""
     return tuple(CATALOG[group])
+
+
+def is_own_code(name: str) -> bool:
+    """True for `path.py:name`, which names the user's own code and is not in the catalogue."""
+    return ".py:" in name
 
 
 def resolve(group: str, name: str, *, where: str | None = None) -> Any:

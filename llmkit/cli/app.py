@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -74,8 +75,36 @@ def _add_stage_command(name: str) -> None:
 
 
 for _name in _STAGE_HELP:
-    if _name != "freeze":
+    if _name not in ("preprocess", "freeze"):
         _add_stage_command(_name)
+
+
+@app.command(help=_STAGE_HELP["preprocess"])
+def preprocess(
+    recipe: options.RecipeFile = None,
+    model: options.Model = None,
+    data: options.Data = None,
+    eval_data: options.EvalData = None,
+    task: options.Task = None,
+    out: options.Out = None,
+    set_: options.Set = None,
+    seed: options.Seed = None,
+    check_leaks: Annotated[
+        bool,
+        typer.Option("--check-leaks", help="Show what training and held-out data, and data.benchmarks, have in common"),
+    ] = False,
+    resume: options.Resume = True,
+    dry_run: options.DryRun = False,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
+) -> None:
+    from llmkit.cli.recipes import Flags
+    from llmkit.cli.stages import StageCommand
+
+    flags = Flags(recipe, model, data, eval_data, task, out, tuple(set_ or ()), seed)
+    command = StageCommand("preprocess", flags, resume=resume, as_json=as_json, quiet=quiet, verbose=verbose)
+    command.execute(dry_run=dry_run, leaks=check_leaks)
 
 
 @app.command(help=_STAGE_HELP["freeze"])
@@ -123,6 +152,12 @@ def inspect(
     task: options.Task = None,
     set_: options.Set = None,
     examples: Annotated[int, typer.Option("--examples", "-n", min=0, help="Examples to show token by token")] = 1,
+    dropped: Annotated[
+        int, typer.Option("--dropped", min=0, max=20, help="Rows to show of those that each filter took out")
+    ] = 3,
+    diff: Annotated[
+        Path | None, typer.Option("--diff", metavar="RUN", help="Compare a run's corpora with those of another")
+    ] = None,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
     verbose: options.Verbose = False,
@@ -131,7 +166,7 @@ def inspect(
     from llmkit.cli.recipes import Flags
 
     flags = Flags(recipe, model, data, None, task, None, tuple(set_ or ()), None)
-    inspect_command(flags, examples=examples, as_json=as_json, quiet=quiet, verbose=verbose)
+    inspect_command(flags, examples=examples, dropped=dropped, diff=diff, as_json=as_json, quiet=quiet, verbose=verbose)
 
 
 @app.command(help="Foretell steps, memory and time before anything is trained.")

@@ -79,7 +79,7 @@ def standard_output() -> Console:
 def make_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> Table:
     """Rows as a Rich table; numbers stand to the right."""
     table = Table(
-        title=title,
+        title=escape(title),
         title_justify="left",
         title_style="bold",
         box=None,

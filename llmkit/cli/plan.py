@@ -21,6 +21,7 @@ _PARTS = {
     "optimizer": "optimizer state",
     "activations": "activations and logits",
     "kernels": "kernels for each shape",
+    "loading": "more than that while loading, in fp32",
     "program": "the program itself",
 }
 

@@ -11,6 +11,7 @@ from llmkit.cli.console import ConsoleReporter, make_table, standard_error, stan
 from llmkit.cli.output import errors_shown, print_json
 from llmkit.cli.recipes import Flags, recipe_from, run_directory
 from llmkit.cli.results import show_metrics, show_next, show_results
+from llmkit.cli.statistics import show_leaks, statistics_of
 from llmkit.files import read_json
 from llmkit.recipe.load import dump_recipe
 from llmkit.recipe.schema import Recipe
@@ -38,8 +39,8 @@ class StageCommand:
     quiet: bool
     verbose: bool
 
-    def execute(self, *, dry_run: bool) -> None:
-        """Runs the command and prints its result. Exits with the code of what went wrong."""
+    def execute(self, *, dry_run: bool, leaks: bool = False) -> None:
+        """Runs the command and prints its result, with `leaks` also what was held out and learnt. Exits with its code."""
         started = time.monotonic()
         lead = int(os.environ.get("RANK", "0")) == 0
         reporter = make_reporter(quiet=self.quiet or not lead)
@@ -63,7 +64,7 @@ class StageCommand:
             finally:
                 run.close()
             if lead:
-                self._show(recipe, run, names, time.monotonic() - started)
+                self._show(recipe, run, names, time.monotonic() - started, leaks=leaks)
 
     @property
     def _target(self) -> str | None:
@@ -80,10 +81,11 @@ class StageCommand:
         rows = [(d.stage, "runs" if d.runs else "is skipped", d.why) for d in decisions]
         standard_output().print(make_table(f"{recipe.name} in {path}", ("stage", "", "why"), rows))
 
-    def _show(self, recipe: Recipe, run: Run, names: list[str], seconds: float) -> None:
+    def _show(self, recipe: Recipe, run: Run, names: list[str], seconds: float, *, leaks: bool) -> None:
         """The result: what was made, scores, sample answers, what to do next."""
         metrics = {name: run.stage(name)["metrics"] for name in names}
         artifacts = {key: str(run.path / place) for key, place in (_ARTIFACTS[name] for name in names)}
+        found = statistics_of(run.path)["leaks"] if leaks else None
         if self.as_json:
             own = metrics if self._target is None else metrics.get(self._target, {})
             print_json(
@@ -95,6 +97,7 @@ class StageCommand:
                     "metrics": own,
                     "artifacts": artifacts,
                 }
+                | ({"leaks": found} if leaks else {})
             )
             return
         console = standard_output()
@@ -102,6 +105,8 @@ class StageCommand:
             show_results(console, read_json(run.path / "evaluate" / "results.json"))
         elif self._target in metrics:
             show_metrics(console, self.name, metrics[self._target])
+        if found is not None:
+            show_leaks(console, found, shown=5)
         console.print(f"\nrun   {run.path}   ({seconds:.0f} s)")
         if "model" in artifacts or "export" in artifacts:
             show_next(console, run, recipe)

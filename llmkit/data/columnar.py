@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import bz2
-import gzip
-import lzma
-import shutil
+import io
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from llmkit.data.readers import Rejected, Row, Where
-from llmkit.errors import DataError
+from llmkit.data.readers import Rejected, Row, Where, shown
+from llmkit.errors import DataError, ResourceError
 from llmkit.files import digest_files, digest_json
 
 _BATCH_ROWS = 1024
+_BATCH_BYTES = 32 << 20
+_COPY_BYTES = 1 << 20
 _ARROW_FILE_MAGIC = b"ARROW1"
 
 
@@ -25,35 +25,70 @@ def read_parquet(file: BinaryIO, source: str) -> Iterator[Row | Rejected]:
     """The rows of a Parquet file; a row's line is its number. Raises DataError when the file is damaged."""
     import pyarrow.parquet
 
-    with _damage_named("Parquet", source), _seekable(file) as seekable:
-        if seekable.seek(0, 2) == 0:
+    with _damage_named("Parquet", source), seekable(file) as stored:
+        if stored.seek(0, io.SEEK_END) == 0:
             return
-        seekable.seek(0)
-        yield from _batch_rows(pyarrow.parquet.ParquetFile(seekable).iter_batches(batch_size=_BATCH_ROWS), source)
+        stored.seek(0)
+        parquet = pyarrow.parquet.ParquetFile(stored)
+        _check_names(parquet.schema_arrow, "Parquet", source)
+        yield from _batch_rows(parquet.iter_batches(batch_size=_rows_at_once(parquet.metadata)), source)
+
+
+def _rows_at_once(metadata: Any) -> int:
+    """So many rows that a batch of the largest row group stays small, even where each row is a book."""
+    groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
+    row_bytes = max((group.total_byte_size // max(group.num_rows, 1) for group in groups), default=0)
+    return min(max(_BATCH_BYTES // max(row_bytes, 1), 1), _BATCH_ROWS)
 
 
 def read_arrow(file: BinaryIO, source: str) -> Iterator[Row | Rejected]:
     """The rows of an Arrow IPC file or stream; a row's line is its number. Raises DataError when it is damaged."""
     import pyarrow.ipc
 
-    with _damage_named("Arrow", source), _seekable(file) as seekable:
-        magic = seekable.read(len(_ARROW_FILE_MAGIC))
-        seekable.seek(0)
+    with _damage_named("Arrow", source), seekable(file) as stored:
+        magic = stored.read(len(_ARROW_FILE_MAGIC))
+        stored.seek(0)
         if magic == _ARROW_FILE_MAGIC:
-            reader = pyarrow.ipc.open_file(seekable)
+            reader = pyarrow.ipc.open_file(stored)
+            _check_names(reader.schema, "Arrow", source)
             yield from _batch_rows((reader.get_batch(index) for index in range(reader.num_record_batches)), source)
         elif magic:
-            yield from _batch_rows(pyarrow.ipc.open_stream(seekable), source)
+            stream = pyarrow.ipc.open_stream(stored)
+            _check_names(stream.schema, "Arrow", source)
+            yield from _batch_rows(stream, source)
+
+
+def _check_names(schema: Any, format_name: str, source: str) -> None:
+    repeated = next((name for name, count in Counter(schema.names).items() if count > 1), None)
+    if repeated is not None:
+        raise DataError(
+            f"two columns of {'an' if format_name == 'Arrow' else 'a'} {format_name} file have one name",
+            got=shown(repeated),
+            expected="a name for each column",
+            where=source,
+        )
 
 
 @contextmanager
-def _seekable(file: BinaryIO) -> Iterator[BinaryIO]:
-    """The file itself, or a copy on disk of one that can only be read forwards (the footer lies at the end)."""
-    if file.seekable() and not isinstance(file, gzip.GzipFile | bz2.BZ2File | lzma.LZMAFile):
+def seekable(file: BinaryIO) -> Iterator[BinaryIO]:
+    """The file itself, or a nameless copy on disk of one that can only be read forwards.
+
+    Raises ResourceError when there is no room for it.
+    """
+    if file.seekable():
         yield file
         return
     with tempfile.TemporaryFile() as copy:
-        shutil.copyfileobj(file, copy)
+        while chunk := file.read(_COPY_BYTES):
+            try:
+                copy.write(chunk)
+            except OSError as error:
+                raise ResourceError(
+                    "there is no room to unpack a data file",
+                    got=str(error),
+                    expected=f"room in {tempfile.gettempdir()}",
+                    hint="make room there, or set TMPDIR to a folder that has some",
+                ) from error
         copy.seek(0)
         yield cast(BinaryIO, copy)
 
@@ -81,7 +116,7 @@ def _batch_rows(batches: Any, source: str) -> Iterator[Row | Rejected]:
     for batch in batches:
         try:
             values = batch.to_pylist()
-        except UnicodeDecodeError:
+        except (ValueError, OverflowError):
             yield from _rows_one_by_one(batch, source, number)
         else:
             yield from (Row(value, Where(source, number + index)) for index, value in enumerate(values, 1))
@@ -89,12 +124,15 @@ def _batch_rows(batches: Any, source: str) -> Iterator[Row | Rejected]:
 
 
 def _rows_one_by_one(batch: Any, source: str, before: int) -> Iterator[Row | Rejected]:
+    """The rows of a batch in which one has a value that Python cannot hold: bad UTF-8, or a date of the year 200,000."""
     for index in range(batch.num_rows):
         where = Where(source, before + index + 1)
         try:
             yield Row(batch.slice(index, 1).to_pylist()[0], where)
         except UnicodeDecodeError as error:
             yield Rejected(f"not valid UTF-8: byte 0x{error.object[error.start]:02x} at offset {error.start}", where)
+        except (ValueError, OverflowError) as error:
+            yield Rejected(f"a value cannot be read: {shown(error)}", where)
 
 
 def _dataset_rows(dataset: Any, source: str) -> Iterator[Row]:

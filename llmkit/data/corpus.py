@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 
 from llmkit.errors import ArtifactError
-from llmkit.files import digest_files, digest_json, read_json, write_json
+from llmkit.files import digest_file, digest_json, read_json, write_json
 
 FORMAT = 1
+_EXAMPLES_AT_ONCE = 1000  # that are held before they are written
 Example = dict[str, Any]  # column -> 1-D array (ragged) or number
 
 
@@ -30,7 +31,7 @@ class Column:
 
 
 class CorpusWriter:
-    """Collects examples and writes them as a corpus. Use `add`, then `finish`."""
+    """Collects examples and writes them as a corpus. Use `add` or `add_all`, then `finish`."""
 
     def __init__(self, folder: Path, columns: Mapping[str, Column]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -38,33 +39,58 @@ class CorpusWriter:
         self.folder = folder
         self.columns = dict(columns)
         self._files = {name: (folder / f"{name}.bin").open("wb") for name in columns}
-        self._lengths: dict[str, list[int]] = {name: [] for name, column in columns.items() if column.ragged}
+        self._lengths: dict[str, list[np.ndarray]] = {name: [] for name, column in columns.items() if column.ragged}
         self._count = 0
+        self._waiting: dict[str, list[np.ndarray]] = {name: [] for name in columns}
 
     def add(self, example: Example) -> None:
         """Appends one example, which must have every column."""
         for name, column in self.columns.items():
-            values = np.atleast_1d(np.asarray(example[name], dtype=column.dtype))
-            values.tofile(self._files[name])
-            if column.ragged:
-                self._lengths[name].append(len(values))
+            self._waiting[name].append(_as_column(example[name], column.dtype))
         self._count += 1
+        if self._count % _EXAMPLES_AT_ONCE == 0:
+            self._write()
+
+    def add_all(self, corpus: Corpus, keep: np.ndarray | None = None) -> None:
+        """Appends the examples of a corpus with the same columns, or those that a mask of shape (N,) chooses."""
+        self._write()
+        for name, column in self.columns.items():
+            values = corpus.values(name)
+            lengths = corpus.lengths(name) if column.ragged else None
+            if keep is not None:
+                values = values[keep if lengths is None else np.repeat(keep, lengths)]
+                lengths = lengths if lengths is None else lengths[keep]
+            values.tofile(self._files[name])
+            if lengths is not None:
+                self._lengths[name].append(lengths)
+        self._count += len(corpus) if keep is None else int(keep.sum())
+
+    def _write(self) -> None:
+        for name, values in self._waiting.items():
+            if values:
+                np.concatenate(values).tofile(self._files[name])
+            if name in self._lengths:
+                self._lengths[name].append(np.array([len(each) for each in values], np.int64))
+            values.clear()
 
     def finish(self, meta: Mapping[str, Any]) -> Corpus:
         """Writes offsets and the manifest, in which `meta` (task, template, counts) is kept, and opens the corpus."""
+        self._write()
         for file in self._files.values():
             file.close()
         for name, lengths in self._lengths.items():
-            np.cumsum([0, *lengths], dtype=np.int64).tofile(self.folder / f"{name}.offsets.bin")
+            np.cumsum(np.concatenate([[0], *lengths]), dtype=np.int64).tofile(self.folder / f"{name}.offsets.bin")
         columns = {name: {"dtype": c.dtype, "ragged": c.ragged} for name, c in self.columns.items()}
         names = [*self._files, *(f"{name}.offsets" for name in self._lengths)]
         files = sorted(self.folder / f"{name}.bin" for name in names)
+        sums = {path.name: digest_file(path) for path in files}
         manifest = {
             "format": FORMAT,
             "examples": self._count,
             "columns": columns,
             "files": {path.name: path.stat().st_size for path in files},
-            "content": digest_json([columns, digest_files(files), meta.get("identity")]),
+            "sha256": sums,
+            "content": digest_json([columns, sums, meta.get("identity")]),
             "meta": dict(meta),
         }
         write_json(self.folder / "corpus.json", manifest)
@@ -136,3 +162,12 @@ class Corpus(Sequence[Example]):
 def smallest_unsigned(largest: int) -> str:
     """The smallest unsigned integer type that holds a value, as NumPy names it."""
     return next(dtype for dtype in ("uint8", "uint16", "uint32", "uint64") if largest <= np.iinfo(dtype).max)
+
+
+def _as_column(value: Any, dtype: str) -> np.ndarray:
+    """Raises OverflowError for numbers that the type does not hold."""
+    if isinstance(value, np.ndarray) and value.dtype != dtype and value.dtype.kind in "iu" and value.size:
+        limits = np.iinfo(dtype)
+        if value.min() < limits.min or value.max() > limits.max:
+            raise OverflowError(f"{value.min()} to {value.max()} do not fit into {dtype}")
+    return np.atleast_1d(np.asarray(value, dtype=dtype))

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from llmkit.catalog import names
-from llmkit.data.readers import Row
+from llmkit.data.readers import Row, shown
 from llmkit.errors import DataError, RecipeError, did_you_mean
 
+_COLUMNS_SHOWN = 20
 _DIALOGUES = ("messages", "conversations", "conversation", "dialog", "dialogue")
 
 
@@ -143,6 +144,9 @@ def _matches(name: str, sample: Sequence[Row], mapping: Mapping[str, str], *, na
         places = {column: _places(row, name, column, mapping) for column in SHAPES[name].columns}
         if not all(places[column] for column in SHAPES[name].required):
             continue
+        for column in SHAPES[name].optional:
+            others = (_places(other, name, column, mapping) for other in sample)
+            places[column] = places[column] or next(filter(None, others), [])
         dialogue = SHAPES[name].required[0]
         if dialogue in _DIALOGUES and dialogue not in mapping and not named:
             shaped = {each: _dialogue_shape(sample, each) for each in places[dialogue]}
@@ -222,4 +226,6 @@ def _formats_with_columns(formats: Sequence[str]) -> str:
 
 
 def _ticked(columns: Any) -> str:
-    return ", ".join(f"`{column}`" for column in columns)
+    named = [f"`{shown(column)}`" for column in columns]
+    more = len(named) - _COLUMNS_SHOWN
+    return ", ".join(named[:_COLUMNS_SHOWN]) + (f" and {more} more" if more > 0 else "")

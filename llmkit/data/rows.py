@@ -11,15 +11,17 @@ ValueError with the reason why it cannot.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from llmkit.catalog import resolve
-from llmkit.data.readers import Rejected, Row, type_name
+from llmkit.data.readers import Rejected, Row, shown, type_name
 from llmkit.data.recognise import SHAPES, recognise
 
 CANONICAL: dict[str, str] = {name: shape.kind for name, shape in SHAPES.items()}
+_DEEPEST = 32  # levels of lists and objects in a message or a tool
 _ROLES = ("system", "user", "assistant", "tool")
 _SHAREGPT_ROLES = {
     "system": "system",
@@ -37,11 +39,15 @@ _SHAREGPT_ROLES = {
 
 @dataclass(frozen=True)
 class RowFormat:
-    """Which format the rows have and where its columns are; `guessed` says why, or is None when the recipe named it."""
+    """Which format the rows have and where its columns are; `guessed` says why, or is None when the recipe named it.
+
+    Labels must all be of the type `label_type`, as `type_name` calls it, unless it is None.
+    """
 
     name: str
     columns: dict[str, str]
     guessed: str | None
+    label_type: str | None = None
 
 
 def choose_format(
@@ -53,7 +59,10 @@ def choose_format(
     told from the columns on sight. Raises RecipeError when they make no sense, DataError when the data does not fit
     or could be read in more than one way.
     """
-    return RowFormat(*recognise(sample, kind, name=name, columns=columns, where=where))
+    chosen = RowFormat(*recognise(sample, kind, name=name, columns=columns, where=where))
+    labels = [row.values.get(chosen.columns["label"]) for row in sample] if "label" in chosen.columns else []
+    types = Counter(type_name(label) for label in labels if label is not None)
+    return replace(chosen, label_type=types.most_common(1)[0][0]) if types else chosen
 
 
 class _ColumnError(ValueError):
@@ -68,10 +77,16 @@ class _ColumnError(ValueError):
 def convert(row: Row, fmt: RowFormat) -> dict[str, Any] | Rejected:
     """The canonical row, or the reason why there is none. Columns that the format does not use are left behind."""
     values = {name: row.values[column] for name, column in fmt.columns.items() if column in row.values}
+    for name in SHAPES[fmt.name].optional:  # that first stands in a row after the sample
+        if name not in fmt.columns and name in row.values and name not in fmt.columns.values():
+            values[name] = row.values[name]
+    label = values.get("label")
     try:
+        if fmt.label_type is not None and label is not None and type_name(label) != fmt.label_type:
+            raise _ColumnError("label", f"is {type_name(label)} and most labels are {fmt.label_type}")
         return dict(resolve("row format", fmt.name)(values))
     except _ColumnError as error:
-        return Rejected(f"column `{fmt.columns.get(error.column, error.column)}` {error.problem}", row.where)
+        return Rejected(f"column `{shown(fmt.columns.get(error.column, error.column))}` {error.problem}", row.where)
     except ValueError as error:
         return Rejected(str(error), row.where)
 
@@ -107,11 +122,25 @@ def _check_encodable(text: str, what: str) -> None:
         raise ValueError(f"{what} has a lone surrogate at character {error.start + 1}") from None
 
 
-def _check_encodable_json(value: Any, what: str) -> None:
+def _as_json(value: Any, what: str) -> Any:
+    """A value with what JSON has no word for, such as the times that Parquet holds, as text."""
     try:
-        json.dumps(value, ensure_ascii=False, default=str).encode("utf-8")
+        text = json.dumps(value, ensure_ascii=False, default=str)
+        text.encode("utf-8")
     except UnicodeEncodeError:
         raise ValueError(f"{what} has a lone surrogate") from None
+    except RecursionError:
+        raise ValueError(f"{what} is nested too deeply") from None
+    except (TypeError, ValueError):
+        raise ValueError(f"{what} has a value that is not JSON") from None
+    if text.count("[") + text.count("{") > _DEEPEST and _depth(value) > _DEEPEST:
+        raise ValueError(f"{what} is nested too deeply")
+    return json.loads(text)
+
+
+def _depth(value: Any) -> int:
+    inner = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else None
+    return 0 if inner is None else 1 + max(map(_depth, inner), default=0)
 
 
 def from_text(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -181,9 +210,9 @@ def _message(item: Any, at: int, role_key: str, content_key: str) -> dict[str, A
     item = {key: value for key, value in item.items() if value is not None}  # Arrow fills the keys of others with nulls
     if role_key not in item:
         raise ValueError(f"message {at} has no `{role_key}`")
-    role = _SHAREGPT_ROLES.get(str(item[role_key])) if role_key == "from" else item[role_key]
+    role = _SHAREGPT_ROLES.get(shown(item[role_key])) if role_key == "from" else item[role_key]
     if role not in _ROLES:
-        raise ValueError(f"unknown role `{item[role_key]}`")
+        raise ValueError(f"unknown role `{shown(item[role_key])}`")
     if content_key not in item and not item.get("tool_calls"):
         raise ValueError(f"message {at} has no `{content_key}`")
     content = item.get(content_key, "")
@@ -195,8 +224,7 @@ def _message(item: Any, at: int, role_key: str, content_key: str) -> dict[str, A
     if role in ("user", "assistant") and not content.strip() and not item.get("tool_calls"):
         raise ValueError(f"the {role} turn {at} is empty")
     extra = {key: value for key, value in item.items() if key not in (role_key, content_key, "role", "content")}
-    _check_encodable_json(extra, f"message {at}")
-    return {"role": role, "content": content, **extra}
+    return {"role": role, "content": content, **(_as_json(extra, f"message {at}") if extra else {})}
 
 
 def _conversation(messages: list[dict[str, Any]], values: Mapping[str, Any]) -> dict[str, Any]:
@@ -208,10 +236,12 @@ def _conversation(messages: list[dict[str, Any]], values: Mapping[str, Any]) -> 
         raise ValueError("no assistant turn")
     if "user" not in roles[: roles.index("assistant")]:
         raise ValueError("no user turn before the first assistant turn")
+    for at, role in enumerate(roles):
+        if role == "tool" and (at == 0 or roles[at - 1] not in ("assistant", "tool")):
+            raise ValueError(f"the tool turn {at + 1} follows no call: the turn before it is not the assistant's")
     tools = values.get("tools")
     if tools is None:
         return {"messages": messages}
     if not isinstance(tools, list):
         raise _ColumnError("tools", f"is {type_name(tools)}, not a list")
-    _check_encodable_json(tools, "tools")
-    return {"messages": messages, "tools": tools}
+    return {"messages": messages, "tools": _as_json(tools, "tools")}

@@ -2,31 +2,40 @@
 
 from __future__ import annotations
 
-import bz2
 import gzip
 import hashlib
 import io
 import lzma
+import os
+import posixpath
+import stat
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, BinaryIO, cast
 
+from llmkit.data.frames import Frames
 from llmkit.errors import DataError
 
 COMPRESSION_SUFFIXES = (".gz", ".xz", ".bz2", ".zst")
-_CHUNK_BYTES = 8192
+UNPACKED_BYTES = 1 << 30
+UNPACKED_TIMES = 1000  # ordinary repetitive rows shrink a hundred times
+_BUFFER_BYTES = 1 << 18
 
 
 @dataclass(frozen=True, slots=True)
 class DataFile:
-    """A file of rows: its file system (None: this machine) opens `path`, and `name` is what a person calls it."""
+    """A file of rows: its file system (None: this machine) opens `path`, and `name` is what a person calls it.
+
+    With `documents`, a file whose suffix tells no format is text: one document.
+    """
 
     path: str
     name: str
     filesystem: Any = None
+    documents: bool = False
 
     @property
     def suffix(self) -> str:
@@ -36,14 +45,22 @@ class DataFile:
     @property
     def compression(self) -> str | None:
         """The compression suffix, or None."""
-        suffix = PurePosixPath(self.name.partition("::")[0]).suffix.lower()
-        return suffix if suffix in COMPRESSION_SUFFIXES else None
+        return _suffixes(self.name)[1]
 
     def open_stored(self) -> BinaryIO:
-        """The bytes as they are stored."""
-        if self.filesystem is None:
-            return Path(self.path).open("rb")
-        return cast(BinaryIO, self.filesystem.open(self.path, "rb"))
+        """The bytes as they are stored; what is appended to a local file after it was opened is not read."""
+        if self.filesystem is not None:
+            return cast(BinaryIO, self.filesystem.open(self.path, "rb"))
+        path = Path(self.path)
+        mode = path.stat().st_mode
+        if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # to open a pipe would wait for its writer
+            raise DataError(
+                "a data file is not a regular file",
+                got="a named pipe" if stat.S_ISFIFO(mode) else "a device or socket",
+                expected="a file; what comes through a pipe must be written to one first",
+                where=self.name,
+            )
+        return cast(BinaryIO, io.BufferedReader(_AsOpened(path.open("rb", buffering=0)), _BUFFER_BYTES))
 
     def digest(self) -> str:
         """SHA-256 of the stored bytes in hex. Raises DataError when they cannot be read."""
@@ -55,75 +72,139 @@ class DataFile:
 
     @contextmanager
     def open_unpacked(self) -> Iterator[BinaryIO]:
-        """The bytes after decompression, as a stream that reads only as far as it is asked to."""
-        with self.open_stored() as stored, unpack(stored, self.compression) as file:
+        """The bytes after decompression, as a stream that reads only as far as it is asked to.
+
+        It raises DataError where the file is damaged, or unpacks to more than `Allowance` has.
+        """
+        with self.open_stored() as stored, unpack(stored, self, Allowance(stored, self.name)) as file:
             yield file
 
 
 def data_suffix(name: str) -> str:
-    """The suffix that tells a file's format (`.jsonl` for `rows.JSONL.gz`); the first part of a chained URL counts."""
-    path = PurePosixPath(name.partition("::")[0])
-    if path.suffix.lower() in COMPRESSION_SUFFIXES:
-        path = path.with_suffix("")
-    return path.suffix.lower()
+    """The suffix that tells a file's format: `.jsonl` for `rows.JSONL.gz`, `.tar` for `rows.tgz`."""
+    return _suffixes(name)[0]
 
 
-def unpack(stored: BinaryIO, compression: str | None) -> BinaryIO:
-    """A stream over the decompressed bytes; a file cut short makes it raise EOFError."""
-    if compression == ".gz":
-        return cast(BinaryIO, gzip.GzipFile(fileobj=stored, mode="rb"))
-    if compression == ".bz2":
-        return cast(BinaryIO, bz2.BZ2File(stored))
-    if compression == ".xz":
-        return cast(BinaryIO, lzma.LZMAFile(stored))
-    if compression == ".zst":
-        return cast(BinaryIO, io.BufferedReader(_ZstdStream(stored), 1 << 16))
-    return stored
+def printable(name: str) -> str:
+    """Text as it can be shown and written down: what is not UTF-8 in a name and what moves a terminal is escaped."""
+    if name.isprintable():
+        return name
+    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in name)
 
 
-class _ZstdStream(io.RawIOBase):
-    """Zstandard frames as a stream of bytes.
+def _suffixes(name: str) -> tuple[str, str | None]:
+    """The suffix that tells the format and that of the compression; of a chained URL, those of the first path in it."""
+    parts = name.split("::")
+    if "://" in parts[-1]:  # and else `::` is a part of the name, as in manuals of Perl
+        name = next(part for part in parts if "://" in part)
+    stem, last = posixpath.splitext(name.lower())
+    if last == ".tgz":
+        return ".tar", ".gz"
+    if last in COMPRESSION_SUFFIXES:
+        return posixpath.splitext(stem)[1], last
+    return last, None
 
-    The reader of the zstandard package, which fsspec uses too, ends without a word where a frame was cut short and
-    does not give lines; this one raises EOFError, as the standard library does for the other compressions.
+
+class _AsOpened(io.RawIOBase):
+    """A local file that ends where it ended when it was opened."""
+
+    def __init__(self, raw: io.FileIO) -> None:
+        self._raw = raw
+        self._at = 0
+        self._size = os.fstat(raw.fileno()).st_size
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def fileno(self) -> int:
+        return self._raw.fileno()
+
+    def readinto(self, buffer: Any) -> int:
+        if self._at >= self._size:
+            return 0
+        with memoryview(buffer) as view:
+            count = self._raw.readinto(view[: self._size - self._at]) or 0
+        self._at += count
+        return count
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
+        self._at = self._raw.seek(start + offset)
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def close(self) -> None:
+        self._raw.close()
+        super().close()
+
+
+class Allowance:
+    """What may still be unpacked of a stored file, over all its members and layers of compression.
+
+    A file that unpacks to more than 1 GiB and to more than 1000 times its size is no data but a bomb.
     """
 
-    def __init__(self, stored: BinaryIO) -> None:
-        import zstandard
-
+    def __init__(self, stored: BinaryIO, name: str) -> None:
         self._stored = stored
-        self._damaged = zstandard.ZstdError
-        self._new_frame = zstandard.ZstdDecompressor().decompressobj
-        self._frame: Any = None
-        self._packed = b""
-        self._ready = b""
+        self._name = name
+        self._size = stored.seek(0, io.SEEK_END) if stored.seekable() else None
+        if self._size is not None:
+            stored.seek(0)
+        self._spent = 0
+
+    def spend(self, count: int) -> None:
+        """Counts bytes that were unpacked. Raises DataError when they are too many."""
+        self._spent += count
+        if self._spent <= UNPACKED_BYTES:
+            return
+        size = self._size if self._size is not None else self._stored.tell()
+        if self._spent > UNPACKED_TIMES * size:
+            raise DataError(
+                f"a data file unpacks to more than {UNPACKED_TIMES} times its size",
+                got=f"{size:,} bytes that unpack to more than {self._spent:,}",
+                expected=f"at most {UNPACKED_TIMES} times the size, or {UNPACKED_BYTES:,} bytes",
+                hint="if you trust it, unpack it first and name the unpacked file",
+                where=self._name,
+            )
+
+
+def unpack(stored: BinaryIO, file: DataFile, allowance: Allowance) -> BinaryIO:
+    """A stream over the bytes of a file after decompression; its failures are DataErrors that name the file."""
+    if file.compression is None:
+        return stored
+    inner = gzip.GzipFile(fileobj=stored, mode="rb") if file.compression == ".gz" else Frames(stored, file.compression)
+    return guarded(inner, file, allowance)
+
+
+def guarded(inner: Any, file: DataFile, allowance: Allowance) -> BinaryIO:
+    """A forward stream over what unpacks, which spends its allowance and names the file when it fails."""
+    return cast(BinaryIO, io.BufferedReader(_Guarded(inner, file, allowance), _BUFFER_BYTES))
+
+
+class _Guarded(io.RawIOBase):
+    def __init__(self, inner: Any, file: DataFile, allowance: Allowance) -> None:
+        self._inner = inner
+        self._file = file
+        self._allowance = allowance
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
-        while not self._ready:
-            self._packed = self._packed or self._stored.read(_CHUNK_BYTES)
-            if not self._packed:
-                if self._frame is not None:
-                    raise EOFError("Compressed file ended before the end of its last frame")
-                return 0
-            self._unpack_chunk()
-        count = min(len(buffer), len(self._ready))
-        buffer[:count] = self._ready[:count]
-        self._ready = self._ready[count:]
-        return count
+        with failures_named(self._file):
+            chunk = self._inner.read1(len(buffer))  # and not `read`, which loses what comes before the damage
+        self._allowance.spend(len(chunk))
+        buffer[: len(chunk)] = chunk
+        return len(chunk)
 
-    def _unpack_chunk(self) -> None:
-        if self._frame is None:
-            self._frame = self._new_frame()
-        try:
-            self._ready = self._frame.decompress(self._packed)
-        except self._damaged as error:
-            raise OSError(str(error)) from None
-        self._packed = b""
-        if self._frame.eof:
-            self._packed, self._frame = self._frame.unused_data, None
+    def close(self) -> None:
+        self._inner.close()
+        super().close()
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from llmkit.catalog import is_own_code
 from llmkit.errors import Problem, RecipeError, UsageError, did_you_mean
 from llmkit.recipe.mistakes import Keys, problems_in
 from llmkit.recipe.schema import Recipe
@@ -54,7 +55,7 @@ def load_recipe(path: Path | None, overrides: Iterable[Override] = ()) -> Recipe
         where[()] = str(path)
     for override in overrides:
         _put(values, where, override)
-    return validate(values, where)
+    return validate(values, where, path.parent if path is not None else None)
 
 
 def parse_set(text: str) -> Override:
@@ -78,10 +79,10 @@ def dump_recipe(recipe: Recipe) -> str:
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=110)
 
 
-def validate(values: Mapping[str, Any], where: Mapping[Keys, str]) -> Recipe:
-    """Checks a raw recipe; `where` says for each key where it was written."""
+def validate(values: Mapping[str, Any], where: Mapping[Keys, str], folder: Path | None = None) -> Recipe:
+    """Checks a raw recipe; `where` says for each key where it was written, and `folder` where the recipe lies."""
     try:
-        return _absolute(Recipe.model_validate(values))
+        return _absolute(Recipe.model_validate(values), folder)
     except ValidationError as error:
         problems = problems_in(error.errors(include_url=False), values, where)
     count = len(problems)
@@ -198,8 +199,11 @@ def _index(place: list[Any], part: str, override: Override) -> int:
     return int(part)
 
 
-def _absolute(recipe: Recipe) -> Recipe:
-    """The same recipe with paths that exist made absolute, so that the copy in the run works from any folder."""
+def _absolute(recipe: Recipe, folder: Path | None) -> Recipe:
+    """The same recipe with paths that exist made absolute, so that the copy in the run works from any folder.
+
+    The user's own code may also lie beside the recipe, in its folder.
+    """
 
     def absolute(uri: str | None) -> str | None:
         return str(Path(uri).expanduser().resolve()) if uri and Path(uri).expanduser().exists() else uri
@@ -207,10 +211,27 @@ def _absolute(recipe: Recipe) -> Recipe:
     def sources(items: tuple[Any, ...] | None) -> tuple[Any, ...] | None:
         return items and tuple(item.model_copy(update={"uri": absolute(item.uri)}) for item in items)
 
+    def specs(items: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The user's own code, and files among the options, of filters and augmentations."""
+        found = []
+        for item in items:
+            name, options = (item, None) if isinstance(item, str) else next(iter(item.items()))
+            if is_own_code(name):
+                path, _, attribute = name.rpartition(":")
+                beside = folder / path if folder is not None and not Path(path).exists() else Path(path)
+                name = f"{absolute(str(beside) if beside.exists() else path)}:{attribute}"
+            if options and isinstance(options.get("file"), str):
+                options = {**options, "file": absolute(options["file"])}
+            found.append(name if isinstance(item, str) else {name: options})
+        return tuple(found)
+
     data = recipe.data.model_copy(
         update={
-            **{key: sources(getattr(recipe.data, key)) for key in ("train", "replay", "general")},
-            "eval": absolute(recipe.data.eval),
+            "filters": specs(recipe.data.filters),
+            "augment": specs(recipe.data.augment),
+            **{key: sources(getattr(recipe.data, key)) for key in ("train", "replay", "general", "seen")},
+            "eval": absolute(recipe.data.eval) if recipe.data.eval_is_uri else recipe.data.eval,
+            "benchmarks": tuple(absolute(uri) for uri in recipe.data.benchmarks),
             "chat_template": absolute(recipe.data.chat_template),
         }
     )

@@ -7,6 +7,7 @@ rounding, so they are not part of a stage's fingerprint.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -18,6 +19,7 @@ from pydantic import (
     model_validator,
 )
 
+from llmkit.catalog import is_own_code
 from llmkit.recipe.fields import NO_RESULT, Bytes, Duration, Parts, RowFormat, Section, ShareOrCount, Sources, named
 from llmkit.recipe.training import Finetune, Pretrain
 from llmkit.recipe.values import is_share, share
@@ -28,15 +30,22 @@ _NUMBER = re.compile(r"[-+]?[\d.]+(e[-+]?\d+)?")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
-def _known_filter(spec: str | dict[str, Any]) -> str | dict[str, Any]:
-    """A filter's name, or the name with its options."""
-    if isinstance(spec, dict) and len(spec) != 1:
-        raise ValueError("should be a name or `name: {option: value}`")
-    named("filter")(spec if isinstance(spec, str) else next(iter(spec)))
-    return spec
+def _known(group: str) -> Callable[[str | dict[str, Any]], str | dict[str, Any]]:
+    """A check of a name, or a name with its options: one that the catalogue knows, or the user's own code."""
+
+    def check(spec: str | dict[str, Any]) -> str | dict[str, Any]:
+        if isinstance(spec, dict) and len(spec) != 1:
+            raise ValueError("should be a name or `name: {option: value}`")
+        name = spec if isinstance(spec, str) else next(iter(spec))
+        if not is_own_code(name):
+            named(group)(name)
+        return spec
+
+    return check
 
 
-_Filter = Annotated[str | dict[str, dict[str, Any]], AfterValidator(_known_filter)]
+_Filter = Annotated[str | dict[str, dict[str, Any]], AfterValidator(_known("filter"))]
+_Augmentation = Annotated[str | dict[str, dict[str, Any]], AfterValidator(_known("augmentation"))]
 
 
 def _number_as_text(value: object) -> object:
@@ -54,7 +63,27 @@ class Data(Section):
 
     train: Sources | None = None
     eval: Annotated[str | None, BeforeValidator(_number_as_text)] = Field(
-        "5%", description="held-out rows: a share of train, or a URI; null for none"
+        "5%", description="held-out rows: a share of train, a number of its rows, or a URI; null for none"
+    )
+    fold: Annotated[str, Field(pattern=r"^[1-9]\d*/[1-9]\d*$")] | None = Field(
+        None, description="`2/5` holds out the second of five equal parts of train, in place of `eval`"
+    )
+    stratify: str | None = Field(
+        None, description="a column, such as label: of the rows with each of its values the same share is held out"
+    )
+    group: str | None = Field(
+        None, description="a column, such as author: rows with the same value are held out together or not at all"
+    )
+    leaks: Literal["drop", "report", "error", "off"] = Field(
+        "drop",
+        description="training rows that are held out too, exactly or nearly, or that share long passages: `drop` leaves out "
+        "the first two kinds, `error` stops, `report` only counts",
+    )
+    seen: Sources | None = Field(
+        None, description="data of earlier runs: the filters duplicates and near_duplicates take out what repeats them"
+    )
+    benchmarks: tuple[str, ...] = Field(
+        (), description="URIs of texts that the training rows must not hold, such as public test sets"
     )
     replay: Sources | None = Field(
         None,
@@ -66,21 +95,74 @@ class Data(Section):
     general: Sources | None = Field(
         None, description="plain text that evaluate scores too, before and after: what has been forgotten (text, chat)"
     )
+    stream: bool = Field(
+        False,
+        description="read, clean and encode the training rows while they are learnt from, without a known end; `steps` says "
+        "how long, and weights how much of each source",
+    )
     format: RowFormat | None = Field(None, description="row format of all sources; on sight when absent")
     columns: dict[str, str] = Field(default_factory=dict, description="canonical column -> column in the data")
     max_length: int = Field(1024, gt=1, description="tokens an example may have; the rest is cut off and counted")
     max_rejected: ShareOrCount = Field("1%", description="rows that may be unusable before it is an error")
-    filters: tuple[_Filter, ...] = Field((), description="names, or `name: {option: value}`, in order")
+    filters: tuple[_Filter, ...] = Field(
+        (), description="names, or `name: {option: value}`, in order; `path.py:function` is your own"
+    )
+    augment: tuple[_Augmentation, ...] = Field(
+        (), description="random changes to training rows, named as `filters` are; held-out rows stay as they are"
+    )
     chat_template: str | None = Field(None, description="a Jinja file in place of the model's own chat template")
+    workers: Annotated[int, Field(gt=0)] | Literal["auto"] = Field(
+        "auto", description="processes that read and encode large data; auto: one a core", json_schema_extra=NO_RESULT
+    )
 
     @field_validator("eval")
     @classmethod
     def _share_in_range(cls, value: str | None) -> str | None:
-        if value is not None and _NUMBER.fullmatch(value):
-            raise ValueError("should be a share with its percent sign, such as `5%`, or a URI")
+        if value is not None and _NUMBER.fullmatch(value) and not (value.isdigit() and int(value) > 0):
+            raise ValueError("should be a share with its percent sign, such as `5%`, a whole number of rows, or a URI")
         if is_share(value) and not 0 < share(str(value)) < 1:
-            raise ValueError("should be a share above 0% and below 100%, or a URI")
+            raise ValueError("should be a share above 0% and below 100%, a number of rows, or a URI")
         return value
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Data:
+        if self.fold is not None:
+            number, folds = map(int, self.fold.split("/"))
+            if not number <= folds or folds < 2:
+                raise ValueError("`fold` should be one of two folds or more, such as `2/5`")
+        mistakes = []
+        if self.eval_is_uri and (self.fold or self.stratify or self.group):
+            mistakes.append("`fold`, `stratify` and `group` divide `train`: they do not go with a URI under `eval`")
+        if self.eval is None and self.fold:
+            mistakes.append("`fold` holds rows out, and `eval: null` none: leave one of them out")
+        if self.stratify and self.group:
+            mistakes.append("`stratify` and `group` do not go together: a group can have rows of several strata")
+        named = {spec if isinstance(spec, str) else next(iter(spec)) for spec in self.filters}
+        if self.stream:
+            mistakes += self._not_with_a_stream(named)
+        if self.seen and not named & {"duplicates", "near_duplicates"}:
+            mistakes.append("`seen` is for the filters duplicates and near_duplicates: name one under `filters`")
+        if mistakes:
+            raise ValueError("\n".join(mistakes))
+        return self
+
+    def _not_with_a_stream(self, filters: set[str]) -> list[str]:
+        mistakes = []
+        if self.train is None:
+            mistakes.append("has `stream`, but no `train` to stream")
+        if self.eval is not None and not self.eval_is_uri:
+            mistakes.append("a stream has no known end to take a share of: name a URI under `eval`, or null")
+        for key in ("stratify", "group", "replay"):
+            if getattr(self, key):
+                mistakes.append(f"`{key}` needs all rows at once: it does not go with `stream`")
+        for name in sorted(filters & {"duplicates", "near_duplicates"}):
+            mistakes.append(f"the filter {name} compares all rows: it does not go with `stream`")
+        return mistakes
+
+    @property
+    def eval_is_uri(self) -> bool:
+        """True when the held-out rows are data of their own."""
+        return self.eval is not None and not is_share(self.eval) and not self.eval.isdigit()
 
 
 class Thaw(Parts):
@@ -214,10 +296,37 @@ class Recipe(Section):
             for thaw in self.freeze.unfreeze:
                 if steps is not None and isinstance(thaw.at, int) and thaw.at >= steps:
                     mistakes.append(f"has `freeze.unfreeze` at step {thaw.at}, but only {steps} steps of fine-tuning")
-        mistakes += self._data_that_lacks()
+        thaws = self.freeze is not None and bool(self.freeze.unfreeze) and {"freeze", "finetune"} <= set(self.plan)
+        if thaws and self.finetune.adapter is not None:
+            mistakes.append(
+                "has `freeze.unfreeze` and `finetune.adapter`: what adapters stand in for cannot thaw beside them, so "
+                "leave out one of the two"
+            )
+        mistakes += self._data_that_lacks() + self._not_streamed()
         if mistakes:
             raise ValueError("\n".join(mistakes))
         return self
+
+    def _not_streamed(self) -> list[str]:
+        """What a stream of training rows cannot give."""
+        if not self.data.stream:
+            return []
+        mistakes = []
+        for name in ("pretrain", "finetune"):
+            section = getattr(self, name)
+            if name in self.plan and section is not None and section.steps is None:
+                mistakes.append(
+                    f"has `data.stream`, but no `{name}.steps`: a stream has no end that epochs could count"
+                )
+        if self.freeze is not None and self.freeze.by_evidence:
+            mistakes.append("has `freeze.blocks: auto`, which compares depths on the same rows: not with `data.stream`")
+        if self.freeze is not None and self.freeze.cache is True:
+            mistakes.append("has `freeze.cache: true`, but rows of a stream come once: not with `data.stream`")
+        if self.pretrain is not None and not isinstance(self.pretrain.tokenizer, str | None):
+            mistakes.append("trains a tokenizer, for which it needs all text at once: not with `data.stream`")
+        if self.task == "classify":
+            mistakes.append("classifies, for which all labels have to be known before: not with `data.stream`")
+        return mistakes
 
     def _data_that_lacks(self) -> list[str]:
         """The stages that have nothing to work on."""

@@ -174,7 +174,9 @@ class Pretrain(Training):
 class Adapter(Section):
     """Small matrices that learn beside the products of blocks that stand still."""
 
-    name: Literal["lora", "rslora", "dora"] = "lora"
+    name: Literal["lora", "rslora", "dora", "qlora"] = Field(
+        "lora", description="qlora: lora on top of linear layers that are held in 4 bits (NF4)"
+    )
     rank: int = Field(16, gt=0)
     alpha: int = Field(32, gt=0, description="the adapter counts alpha / rank times, with rslora alpha / sqrt(rank)")
     dropout: float = Field(0.0, ge=0, lt=1, description="of what goes into an adapter")
@@ -191,7 +193,7 @@ class Adapter(Section):
     @model_validator(mode="after")
     def _all_from_the_start(self) -> Adapter:
         fields = type(self).model_fields.items()
-        said = [key for key, field in fields if key != "start" and getattr(self, key) != field.default]
+        said = [key for key, field in fields if key != "start" and getattr(self, key) not in (field.default, "qlora")]
         if self.start is not None and said:
             raise ValueError(f"takes `start`, whose adapter_config.json says all else: leave out {', '.join(said)}")
         return self
@@ -201,7 +203,7 @@ class Finetune(Training):
     """Learning the task, gently."""
 
     adapter: Annotated[Adapter | None, BeforeValidator(_as_named)] = Field(
-        None, description="lora, rslora or dora, or a mapping with `name` and options"
+        None, description="lora, rslora, dora or qlora, or a mapping with `name` and options"
     )
     lr: Rate = Field("auto", description="the parent's peak rate times lr_scale, or a number")
     lr_scale: float = Field(0.1, gt=0)

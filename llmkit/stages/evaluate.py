@@ -11,7 +11,7 @@ from llmkit.data.corpus import Corpus
 from llmkit.errors import ArtifactError, Problem, RecipeError, did_you_mean
 from llmkit.files import digest_json, write_json
 from llmkit.model.folder import weights_digest
-from llmkit.model.loading import load_config, load_model
+from llmkit.model.loading import build_on_meta, load_config, load_model
 from llmkit.model.location import locate
 from llmkit.model.precision import choose_precision, compute_in, default_device
 from llmkit.recipe.schema import Recipe, result_keys
@@ -25,7 +25,9 @@ from llmkit.stages.base import (
     task_for,
     upstream_models,
 )
-from llmkit.tasks.base import Scores, Scoring, Task
+from llmkit.stages.prefix import depth_for_good, known_to_score
+from llmkit.stages.prefix_cache import Alone, PrefixCache
+from llmkit.tasks.base import Known, Scores, Scoring, Task
 from llmkit.train.state import seed_everything
 
 
@@ -134,11 +136,13 @@ def _score(recipe: Recipe, run: Run, task: Task, corpus: Corpus, scoring: Scorin
         run.reporter.note(
             f"the {name} has no trained {', '.join(loaded.new_parameters)}: its scores are those of chance"
         )
+    model = loaded.model.to(scoring.device).eval()
+    compute_in(model, scoring.precision)
+    scoring = replace(scoring, objective=task.objective(model))
+    known = _known(recipe, run, task, model, corpus, scoring, name)
     progress = run.reporter.progress(f"scoring the {name}", task.work(corpus, scoring), "examples")
     try:
-        model = loaded.model.to(scoring.device).eval()
-        compute_in(model, scoring.precision)
-        scores = task.evaluate(model, corpus, replace(scoring, advance=progress.advance))
+        scores = task.evaluate(model, corpus, replace(scoring, advance=progress.advance, known=known))
     finally:
         progress.close()
     wrong = [f"{metric} {value}" for metric, value in scores.metrics.items() if not math.isfinite(value)]
@@ -151,6 +155,22 @@ def _score(recipe: Recipe, run: Run, task: Task, corpus: Corpus, scoring: Scorin
             where=folder,
         )
     return scores
+
+
+def _known(
+    recipe: Recipe, run: Run, task: Task, model: Any, corpus: Corpus, scoring: Scoring, name: str
+) -> Known | None:
+    """What leaves the frozen blocks for each example, where that is kept already or both models have the same."""
+    if recipe.freeze is None or recipe.freeze.cache is False:
+        return None
+    ours = load_config(model_before(recipe, run, "evaluate"))
+    depth = depth_for_good(recipe, run, build_on_meta(ours, task.auto_class))
+    if not depth:
+        return None
+    keys = recipe.freeze.model_copy(update={"cache_precision": "auto"})  # training may take rounded states, scores not
+    cache = PrefixCache(keys, run, scoring.objective, model, task.size_column, scoring.precision, Alone())
+    alike = recipe.evaluate.against == "parent" and upstream_models(recipe, "evaluate") == ("finetune",)
+    return known_to_score(cache, corpus, depth, 2 if alike else 1, f"the held-out data for the {name}")
 
 
 def _samples(scores: dict[str, Scores]) -> list[dict[str, str]]:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from llmkit.errors import RecipeError
 from llmkit.files import digest_files, read_json
-from llmkit.model.adapters import add_adapters
+from llmkit.model.adapter_targets import not_adapted
+from llmkit.model.adapters import add_adapters, in_four_bits, misread_by_peft
 from llmkit.model.freezing import FreezePlan, apply_freeze
 from llmkit.model.loading import dropout_changes, load_config, load_model
+from llmkit.model.parts import some_of
+from llmkit.model.quantized import what_is_quantized
 from llmkit.recipe.schema import Recipe, result_keys
 from llmkit.run.directory import Artifact, Run
 from llmkit.stages.base import (
@@ -59,10 +63,12 @@ class Finetune:
             "parent": model_content(recipe, run, self.name),
             "parent's peak rate": training_record(model_before(recipe, run, self.name)).get("peak_lr"),
         }
-        if recipe.finetune.adapter is not None and recipe.finetune.adapter.start is not None:
-            start = adapter_rules(recipe.finetune.adapter).start
-            assert start is not None, "it was just asked for"
-            found["adapter to start from"] = digest_files(sorted(start.glob("adapter_*")))
+        if recipe.finetune.adapter is not None:
+            rules = adapter_rules(recipe.finetune.adapter)
+            if rules.start is not None:
+                found["adapter to start from"] = digest_files(sorted(rules.start.glob("adapter_*")))
+            if in_four_bits(rules):  # which are made anew from the parent when a training goes on
+                found["bitsandbytes"] = _version("bitsandbytes")
         if "freeze" in recipe.plan:
             found["freeze plan"] = run.stage("freeze")["content"]
         return found
@@ -117,12 +123,36 @@ def with_adapters(job: TrainingJob) -> TrainingJob:
             where="freeze.unfreeze",
         )
     frozen = [name for name, parameter in job.model.named_parameters() if not parameter.requires_grad]
+    rules, note = adapter_rules(keys), job.run.reporter.note
     seed_everything(job.recipe.seed)
     with within("finetune"):
-        targets = add_adapters(job.model, adapter_rules(keys), frozen)
+        left = not_adapted(job.model, rules, frozen)
+        targets = add_adapters(job.model, rules, frozen)
     trained = sum(p.numel() for p in job.model.parameters() if p.requires_grad)
-    job.run.reporter.note(f"{keys.name} beside {len(targets)} linear layers: {trained:,} parameters learn")
-    return replace(job, adapter=adapter_rules(keys), frozen_before=frozenset(frozen))
+    note(f"{keys.name} beside {len(targets)} linear layers: {trained:,} parameters learn")
+    if left:
+        note(
+            f"no adapters beside {some_of(list(left))}, which no linear layer holds: {sum(left.values()):,} parameters of "
+            "these blocks stand still, as the parent has them"
+        )
+    if misread_by_peft(job.model):
+        note("PEFT takes layers of this family for experts: read the adapter alone with `adapter.start`, not with PEFT")
+    if in_four_bits(rules):
+        held = what_is_quantized(job.model)
+        note(
+            f"{held.layers} linear layers are held in 4 bits (NF4): {held.bytes / 2**20:,.1f} MiB in place of "
+            f"{held.numbers / 2**19:,.1f} in 16 bits; their weights are {held.error:.1%} off the parent's (RMS), in "
+            "training and in the model that it leaves"
+        )
+    return replace(job, adapter=rules, frozen_before=frozenset(frozen))
+
+
+def _version(package: str) -> str | None:
+    """The version of a package that may be missing."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _learning_rate(recipe: Recipe, run: Run, parent: Path) -> float:

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import json
+import tempfile
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from llmkit.data.sources import Rejected
+from llmkit.data.corpus import Corpus
+from llmkit.data.sources import Rejected, Where
+from llmkit.model.loading import load_tokenizer
 from llmkit.recipe.schema import Recipe
 from llmkit.run.directory import Run
 from llmkit.stages.base import task_class
+from llmkit.stages.encoding import encode_rows
 from llmkit.stages.preprocess import settings_for, tokenizer_for
-from llmkit.stages.rows import RecipeRows, encode_rows
+from llmkit.stages.rows import RecipeRows
+from llmkit.stages.statistics import filter_statistics
 from llmkit.tasks.base import Encoded
 
 
@@ -36,6 +43,7 @@ class Inspection:
     facts: dict[str, Any]
     counts: dict[str, int]
     percentiles: dict[str, list[int]]
+    filters: dict[str, Any]
     unusable: list[Rejected]
     examples: list[ShownExample]
 
@@ -45,14 +53,30 @@ PERCENTILES = (0, 5, 25, 50, 75, 95, 99, 100)
 
 def inspect_data(recipe: Recipe, run: Run, examples: int) -> Inspection:
     """Reads, renders and tokenises all rows of `data.train` and `data.eval`; `run` is only told of progress."""
-    rows = RecipeRows(recipe, run)
+    with tempfile.TemporaryDirectory(prefix="llmkit-") as folder:
+        return _inspect(recipe, RecipeRows(recipe, run, Path(folder)), examples)
+
+
+def shown_examples(run: Path, count: int) -> list[ShownExample]:
+    """Examples out of the corpora that a run has made, evenly spaced over the first of them."""
+    name = next(name for name in ("train", "pretrain", "eval") if (run / "preprocess" / name / "corpus.json").exists())
+    corpus = Corpus(run / "preprocess" / name)
+    tokenizer = load_tokenizer(run / "preprocess" / "tokenizer")
+    numbers = np.unique(np.linspace(0, len(corpus) - 1, min(count, len(corpus))).astype(int))
+    labels = tuple(corpus.meta["settings"]["labels"])
+    return [_shown(tokenizer, corpus[int(n)], f"{name}, example {n}", labels) for n in numbers]
+
+
+def _inspect(recipe: Recipe, rows: RecipeRows, examples: int) -> Inspection:
     tokenizer = tokenizer_for(recipe, rows)
     task = task_class(recipe)(tokenizer, settings_for(recipe, rows))
-    kept = [*rows.train, *rows.held_out] or [*rows.pretrain, *rows.pretrain_held_out]
-    unusable, lengths, supervised, cut, lost = list(rows.rejected), [], [], 0, 0
+    kept = rows.train + rows.held_out
+    kept = kept if len(kept) else rows.pretrain + rows.pretrain_held_out
+    unusable, lengths, supervised, cut, lost = _unusable(rows), [], [], 0, 0
     shown: list[ShownExample] = []
     step = max(1, len(kept) // max(examples, 1))
-    for number, (row, encoded) in enumerate(encode_rows(task, kept)):
+    encoded_rows = (pair for part in kept.parts for pair in encode_rows(task, part))
+    for number, (row, encoded) in enumerate(encoded_rows):
         if not isinstance(encoded, Encoded):
             unusable.append(Rejected(encoded, row.where))
             continue
@@ -67,7 +91,7 @@ def inspect_data(recipe: Recipe, run: Run, examples: int) -> Inspection:
         "rows read": rows.read,
         "rows to train on": len(rows.train),
         "rows held out": len(rows.held_out),
-        "rows taken out by filters": len(rows.filtered),
+        "rows taken out by filters": sum(sum(reasons.values()) for reasons in rows.filtered.values()),
         "rows that cannot be used": len(unusable),
         "rows that would be cut": cut,
         "tokens that would be cut off": lost,
@@ -79,7 +103,17 @@ def inspect_data(recipe: Recipe, run: Run, examples: int) -> Inspection:
         counts["supervised tokens"] = int(np.sum(supervised))
         percentiles["supervised tokens"] = _percentiles(supervised)
     facts = {key: value for key, value in task.describe().items() if value is not None}
-    return Inspection(recipe.task, rows.formats, facts, counts, percentiles, unusable, shown)
+    return Inspection(recipe.task, rows.formats, facts, counts, percentiles, filter_statistics(rows), unusable, shown)
+
+
+def _unusable(rows: RecipeRows) -> list[Rejected]:
+    """The rows that could not be read or converted; those that filters took out are not among them."""
+    lines = (json.loads(line) for path in rows.left_out for line in path.open(encoding="utf-8"))
+    return [
+        Rejected(line["reason"], Where(line["source"], line["line"]))
+        for line in lines
+        if not line["reason"].startswith("filter ")
+    ]
 
 
 def _shown(tokenizer: Any, example: dict[str, Any], where: str, labels: tuple[str, ...]) -> ShownExample:

@@ -14,11 +14,13 @@ import torch
 
 from llmkit.data.corpus import Corpus, Example
 from llmkit.errors import RecipeError
+from llmkit.model.adapters import in_four_bits
 from llmkit.model.folder import VOCABULARIES, files_in
 from llmkit.model.freezing import apply_freeze
 from llmkit.model.loading import build_on_meta, dropout_changes, load_config
 from llmkit.model.location import locate, locate_config
 from llmkit.model.precision import choose_precision, default_device
+from llmkit.model.quantized import numbers_in
 from llmkit.recipe.schema import Recipe
 from llmkit.recipe.training import Training
 from llmkit.run.directory import Run
@@ -112,13 +114,15 @@ def _plan(recipe: Recipe, run: Run, stage: str, program: int, *, measure: bool) 
     sizing = size_up(outline, available)
     memory = sizing.memory
     model = outline.model()
-    parts = memory.parts | ({"program": program} if program else {})
+    loading = max(0, _loading_bytes(outline, model) - memory.total)
+    parts = memory.parts | ({"loading": loading} if loading else {}) | ({"program": program} if program else {})
     passes = sizing.steps / sizing.order.steps_per_epoch
     known = foreseen_prefix(recipe.freeze if stage == "finetune" else None, model, outline.precision, passes)
     tokens = sum(
         int(data.lengths(task_class(recipe).size_column).sum()) for data in (corpus, corpus_in(run, "eval")) if data
     )
     flops = sizing.flops - known.flops_a_token * sizing.tokens * (1 - 1 / passes)
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     plan = StagePlan(
         stage=stage,
         data="the corpus" if corpus is not None else "no data: one epoch of one batch, as long as may be",
@@ -129,14 +133,14 @@ def _plan(recipe: Recipe, run: Run, stage: str, program: int, *, measure: bool) 
         tokens=sizing.tokens,
         steps=sizing.steps,
         padding_share=sizing.padding_share,
-        trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
-        frozen_parameters=sum(p.numel() for p in model.parameters() if not p.requires_grad),
+        trainable_parameters=trainable,
+        frozen_parameters=numbers_in(model) - trainable,
         precision=outline.precision,
         micro_batch_tokens=sizing.largest,
         memory_bytes=parts,
-        peak_memory_bytes=memory.total + program,
+        peak_memory_bytes=memory.total + loading + program,
         available_bytes=available + program,
-        fits=memory.total <= available,
+        fits=memory.total + loading <= available,
         frozen_prefix_blocks=known.blocks,
         cache_bytes=known.bytes_a_token * tokens,
         flops=flops,
@@ -144,6 +148,12 @@ def _plan(recipe: Recipe, run: Run, stage: str, program: int, *, measure: bool) 
         seconds_from=f"a guess: {_EFFICIENCY[outline.device.type]:.0%} of this device's matrix product rate",
     )
     return _measured(recipe, run, plan, sizing) if measure else plan
+
+
+def _loading_bytes(outline: Outline, model: Any) -> int:
+    """What a model takes on the device before its weights are made 4 bits each; it is on the CPU then, in fp32."""
+    packs = outline.adapter is not None and in_four_bits(outline.adapter)
+    return 4 * numbers_in(model) if packs and outline.device.type == "cpu" else 0
 
 
 def _outline(recipe: Recipe, run: Run, stage: str) -> tuple[Outline, Corpus | None]:

@@ -14,13 +14,19 @@ from llmkit.data.batches import BatchOrder
 from llmkit.data.corpus import Corpus
 from llmkit.data.states import CorpusWithStates, States
 from llmkit.errors import RecipeError
-from llmkit.model.anatomy import blocks_of
+from llmkit.files import read_json
+from llmkit.model.anatomy import blocks_of, read_anatomy
+from llmkit.model.freezing import FreezePlan
 from llmkit.model.loading import dropout_rates
 from llmkit.model.objective import Objective
+from llmkit.model.parts import blocks_named
 from llmkit.model.prefix import Prefix, frozen_prefix
-from llmkit.recipe.schema import Freeze
+from llmkit.model.quantized import numbers_in
+from llmkit.recipe.schema import Freeze, Recipe
 from llmkit.recipe.training import Training
+from llmkit.run.directory import Run
 from llmkit.stages.prefix_cache import PrefixCache
+from llmkit.tasks.base import Known
 from llmkit.train.prefix import PrefixObjective, try_prefix
 from llmkit.train.thaw import Thaw
 
@@ -60,6 +66,7 @@ def known_prefix(
             )
         cache.run.guess("freeze.cache", False, prefix)
         return plain
+    depths = [d for d in depths if d == max(depths) or not isinstance(_tried(cache, train, d), str)]  # each for itself
     going_over = sum(passed for depth, passed in passes.items() if depth)
     evaluations = 1 + (steps // training.eval_every if training.eval_every else 0)
     found = []
@@ -94,17 +101,51 @@ def foreseen_prefix(keys: Freeze | None, model: Any, precision: str, passes: flo
     if keys is None or not depth or keys.cache is False or not pays(keys, passes):
         return ForeseenPrefix(depth)
     size = 2 if precision == "bf16" or keys.cache_precision == "bf16" else 4
-    weights = sum(p.numel() for block in blocks_of(model)[:depth] for p in block.parameters())
+    weights = sum(numbers_in(block) for block in blocks_of(model)[:depth])
     return ForeseenPrefix(depth, model.config.get_text_config().hidden_size * size, 2.0 * weights)
 
 
 def _states(cache: PrefixCache, corpus: Corpus, depths: list[int], what: str, *, pays: bool) -> dict[int, States]:
     """Kept states by depth, and those that are not kept yet where that pays."""
+    found = _found(cache, corpus, depths, what)
+    missing = [depth for depth in depths if depth not in found]
+    return found | (cache.compute(corpus, missing, what) if missing and pays and len(corpus) else {})
+
+
+def _found(cache: PrefixCache, corpus: Corpus, depths: list[int], what: str) -> dict[int, States]:
     found = {depth: states for depth in depths if (states := cache.find(corpus, depth)) is not None}
     if found:
         cache.run.reporter.note(f"frozen prefix: the states of {what} are there from before")
-    missing = [depth for depth in depths if depth not in found]
-    return found | (cache.compute(corpus, missing, what) if missing and pays and len(corpus) else {})
+    return found
+
+
+def known_to_score(cache: PrefixCache, corpus: Corpus, depth: int, passes: float, what: str) -> Known | None:
+    """What leaves the frozen prefix of a model that is scored: states that are kept, or come to be used in more passes."""
+    found = _found(cache, corpus, [depth], what)
+    if not found and not pays(cache.keys, passes):
+        return None
+    prefix = _tried(cache, corpus, depth)
+    if isinstance(prefix, str):
+        cache.run.reporter.note(f"frozen prefix: computed for {what}: {prefix}")
+        return None
+    states = found or cache.compute(corpus, [depth], what)
+    return Known(PrefixObjective(cache.objective, prefix), CorpusWithStates(corpus, states)) if states else None
+
+
+def depth_for_good(recipe: Recipe, run: Run, model: Any) -> int:
+    """How many leading blocks never move, with all that leads into them, by the run's freeze plan; 0 without one.
+
+    `model`, which may be on the meta device, is the one that the recipe trains, without adapters.
+    """
+    if "freeze" not in recipe.plan or not run.is_done("freeze"):
+        return 0
+    anatomy, adapter = read_anatomy(model), recipe.finetune.adapter
+    frozen = FreezePlan.from_json(read_json(run.folder("freeze") / "freeze.json")).frozen_for_good
+    if adapter is not None:  # then nothing below the first of them moves, but with 4 bits it is not the parent's either
+        asked = adapter.blocks if adapter.name != "qlora" else None
+        first = min(blocks_named(asked, anatomy, "adapter"), default=0) if asked else 0
+        frozen = frozen.union(anatomy.embeddings, *anatomy.blocks[:first])
+    return anatomy.frozen_prefix(frozen)
 
 
 def keep_states(cache: PrefixCache, training: Training, corpus: Corpus, depths: list[int], what: str) -> None:

@@ -28,6 +28,18 @@ STATES_VERSION = 1  # raise it when the same prefix, corpus and precision come t
 _SHARE_OF_DISK = 0.25
 
 
+@dataclass(frozen=True)
+class Alone:
+    """What an accelerator says of processes, for a stage that only the first one runs."""
+
+    num_processes: int = 1
+    process_index: int = 0
+    is_main_process: bool = True
+
+    def wait_for_everyone(self) -> None:
+        """Does nothing."""
+
+
 @dataclass
 class PrefixCache:
     """Where states of one model's prefix are kept, and how they are computed where they are not there yet."""

@@ -11,6 +11,7 @@ from contextlib import suppress
 from functools import partial
 from typing import Any
 
+from llmkit.data.augment import build_augmentations
 from llmkit.data.filters import build_filters
 from llmkit.errors import Problem, RecipeError
 from llmkit.model.adapters import add_adapters
@@ -43,6 +44,7 @@ def check_recipe(recipe: Recipe) -> None:
 
 def _checks(recipe: Recipe) -> Iterator[Callable[[], Any]]:
     yield lambda: build_filters(recipe.data.filters)
+    yield lambda: build_augmentations(recipe.data.augment)
     if "pretrain" in recipe.plan and recipe.pretrain is not None:
         yield from _training_checks("pretrain", recipe.pretrain)
     if "finetune" in recipe.plan:

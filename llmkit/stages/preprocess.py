@@ -2,32 +2,34 @@
 
 from __future__ import annotations
 
-import json
-from collections import Counter
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from llmkit import catalog
+from llmkit.data.augment import augmentation_files
 from llmkit.data.corpus import Corpus, CorpusWriter
-from llmkit.data.gather import Kept
-from llmkit.data.sources import Rejected, source_digest
-from llmkit.data.split import copies
+from llmkit.data.filters import filter_files
+from llmkit.data.gather import RowSet
+from llmkit.data.sources import source_digest
 from llmkit.data.tokenizer import train_tokenizer
 from llmkit.errors import DataError, RecipeError
-from llmkit.files import digest_file, digest_json, write_atomically, write_json
+from llmkit.files import digest_file, digest_json, write_json
 from llmkit.model.folder import tokenizer_digest
 from llmkit.model.loading import load_config, load_tokenizer, longest_input
 from llmkit.model.location import locate
 from llmkit.recipe.fields import Source
-from llmkit.recipe.schema import Data, Recipe
+from llmkit.recipe.schema import Data, Recipe, result_keys
 from llmkit.recipe.training import Tokenizer
-from llmkit.recipe.values import count_of, is_share
+from llmkit.recipe.values import count_of
 from llmkit.run.directory import Artifact, Run
-from llmkit.stages.base import pretraining_corpora, relative_files, task_class
-from llmkit.stages.rows import RecipeRows, encode_rows
+from llmkit.stages.base import pretraining_corpora, relative_files
+from llmkit.stages.encoding import SOURCE, Encoding, Examples, encode_all, left_out_of
+from llmkit.stages.leaks import leave_out_leaks
+from llmkit.stages.rows import RecipeRows, workers_of
 from llmkit.stages.statistics import corpus_statistics, show_statistics
-from llmkit.tasks.base import Encoded, Task, TaskSettings
+from llmkit.tasks.base import TaskSettings
 
 
 class Preprocess:
@@ -36,7 +38,7 @@ class Preprocess:
     name = "preprocess"
     version = 1
     trains = False
-    resumes = False
+    resumes = True
     distributed = False
 
     def needs(self, recipe: Recipe) -> tuple[str, ...]:
@@ -47,13 +49,20 @@ class Preprocess:
         """The content of every source, of the tokenizer and of the template, and the keys that say what to do with them."""
         data, pretrain = recipe.data, recipe.pretrain
         found: dict[str, Any] = {"recipe.task": recipe.task}
-        for key, value in data.model_dump(
-            mode="json", exclude={"train", "eval", "chat_template", "replay", "general"}
-        ).items():
-            found[f"recipe.data.{key}"] = value
-        for key in ("train", "replay", "general"):
-            found[f"data.{key}"] = _digests(getattr(data, key))
-        found["data.eval"] = data.eval if data.eval is None or is_share(data.eval) else source_digest(data.eval)
+        by_content = ("train", "eval", "chat_template", "replay", "general", "seen", "benchmarks")
+        for key, value in result_keys(data).items():
+            if key not in by_content:
+                found[f"recipe.data.{key}"] = value
+        found["data.benchmarks"] = [source_digest(uri) for uri in data.benchmarks]
+        for key in ("train", "replay", "general", "seen"):
+            found[f"data.{key}"] = _digests(getattr(data, key), streamed=key == "train" and data.stream)
+        found["data.eval"] = (
+            source_digest(data.eval, data.format) if data.eval is not None and data.eval_is_uri else data.eval
+        )
+        for path in (*filter_files(data.filters), *augmentation_files(data.augment)):
+            found[f"the file {path.name}"] = digest_file(path) if path.is_file() else None
+        if data.augment:
+            found["recipe.seed"] = recipe.seed
         if data.chat_template:
             found["data.chat_template"] = digest_file(_template_path(data))
         if pretrain is not None:
@@ -68,50 +77,43 @@ class Preprocess:
     def run(self, recipe: Recipe, run: Run) -> Artifact:
         """Writes `tokenizer/`, the corpora `train/`, `eval/` and for pretraining, `rejected.jsonl` and `statistics.json`.
 
-        Raises DataError when more rows are unusable than `data.max_rejected` allows; rejected.jsonl then names them.
+        What it works with lies in `work/` until it is done; a shard that is finished there is not made again. Raises
+        DataError when more rows are unusable than `data.max_rejected` allows; rejected.jsonl then names them.
         """
         folder = run.folder(self.name)
-        rows = RecipeRows(recipe, run)
+        work = folder / "work"
+        rows = RecipeRows(recipe, run, work / "rows")
         tokenizer = tokenizer_for(recipe, rows)
         tokenizer.save_pretrained(folder / "tokenizer")
-        settings = settings_for(recipe, rows)
-        corpora: dict[str, Corpus] = {}
-        rejected = list(rows.rejected)
-        if rows.train or rows.held_out:
-            task = task_class(recipe)(tokenizer, settings)
-            corpora["train"] = _write(run, folder / "train", task, settings, rows.train, rejected)
-            corpora["eval"] = _write(run, folder / "eval", task, settings, rows.held_out, rejected)
-        if rows.general:
-            plain = TaskSettings(recipe.data.max_length)
-            task = catalog.resolve("task", "text")(tokenizer, plain)
-            corpora["general"] = _write(run, folder / "general", task, plain, rows.general, rejected)
-        if recipe.pretrain is not None and pretraining_corpora(recipe)[0] not in corpora:
-            window = TaskSettings(recipe.pretrain.max_length or recipe.data.max_length)
-            text = catalog.resolve("task", "text")(tokenizer, window)
-            corpora["pretrain"] = _write(run, folder / "pretrain", text, window, rows.pretrain, rejected)
-            corpora["pretrain-eval"] = _write(
-                run, folder / "pretrain-eval", text, window, rows.pretrain_held_out, rejected
-            )
-        _refuse_too_long(recipe, tokenizer, corpora)
-        _write_rejected(folder / "rejected.jsonl", rejected + rows.filtered)
+        examples = _encoded(recipe, run, rows, tokenizer, work)
+        _refuse_too_long(recipe, tokenizer, examples)
+        rejected = _rejected(rows, examples)
+        files = [*rows.left_out, *(path for made in examples.values() for path in left_out_of(made.parts))]
+        _write_rejected(folder / "rejected.jsonl", files)
         _refuse_too_many(rejected, rows.read, recipe.data, folder / "rejected.jsonl")
-        statistics = corpus_statistics(corpora, rows, rejected)
+        leaks = leave_out_leaks(recipe, run, rows, examples, tokenizer)
+        corpora = {name: _joined(folder / name, made, tokenizer) for name, made in examples.items()}
+        statistics = corpus_statistics(corpora, rows, rejected) | {"leaks": leaks}
         write_json(folder / "statistics.json", statistics)
         show_statistics(run, corpora, statistics)
         content = digest_json({name: corpus.content for name, corpus in corpora.items()})
         facts = {"corpora": {name: corpus.content for name, corpus in corpora.items()}}
-        return Artifact(self.name, folder, content, relative_files(run, folder), _flat(statistics), facts)
+        made = tuple(name for name in relative_files(run, folder) if not (run.path / name).is_relative_to(work))
+        return Artifact(self.name, folder, content, made, _flat(statistics), facts, disposable=(work,))
 
 
 STAGE = Preprocess()
 
 
-def _digests(sources: Sequence[Source] | None) -> list[dict[str, Any]] | None:
-    """Sources by content: their URIs do not count."""
+def _digests(sources: Sequence[Source] | None, *, streamed: bool = False) -> list[dict[str, Any]] | None:
+    """Sources by content: their URIs do not count. A stream has no known end, and goes by its URI."""
     if sources is None:
         return None
+    if streamed:
+        return [source.model_dump(mode="json") for source in sources]
     return [
-        source.model_dump(mode="json", exclude={"uri"}) | {"content": source_digest(source.uri)} for source in sources
+        source.model_dump(mode="json", exclude={"uri"}) | {"content": source_digest(source.uri, source.format)}
+        for source in sources
     ]
 
 
@@ -145,41 +147,51 @@ def _template_path(data: Data) -> Path:
     return path
 
 
-def _write(
-    run: Run, folder: Path, task: Task, settings: TaskSettings, rows: Sequence[Kept], rejected: list[Rejected]
-) -> Corpus:
-    """Encodes rows and writes them as a corpus."""
-    writer = CorpusWriter(folder, task.columns)
-    cut, lost, used = 0, 0, []
-    progress = run.reporter.progress(f"encoding {folder.name}", len(rows), "rows")
-    for kept, encoded in encode_rows(task, rows):
-        progress.advance()
-        if not isinstance(encoded, Encoded):
-            rejected.append(Rejected(encoded, kept.where))
-            continue
-        weighed = folder.name.endswith("train") or folder.name == "general"  # what is held out is there once
-        repeats = copies(kept.row, kept.weight) if weighed else 1
-        for example in encoded.examples * repeats:
-            writer.add(example)
-        cut += encoded.lost_tokens > 0
-        lost += encoded.lost_tokens
-        used.append(kept)
-    progress.close()
-    tokenizer = tokenizer_digest(run.folder("preprocess") / "tokenizer")
-    counts = {"rows": len(used), "rows_cut": cut, "tokens_cut": lost}
-    identity = task.describe() | {"tokenizer": tokenizer}
-    return writer.finish(
-        {"settings": vars(settings) | {"labels": list(settings.labels)}, "identity": identity} | counts
-    )
+def _encoded(recipe: Recipe, run: Run, rows: RecipeRows, tokenizer: Any, work: Path) -> dict[str, Examples]:
+    """The examples of every corpus that the recipe has rows for."""
+    own, window = settings_for(recipe, rows), TaskSettings(recipe.data.max_length)
+    wanted: list[tuple[str, RowSet, str, TaskSettings]] = []
+    if len(rows.train) or len(rows.held_out):
+        wanted += [("train", rows.train, recipe.task, own), ("eval", rows.held_out, recipe.task, own)]
+    if len(rows.general):
+        wanted.append(("general", rows.general, "text", window))
+    if recipe.pretrain is not None and pretraining_corpora(recipe)[0] not in [name for name, *_ in wanted]:
+        window = TaskSettings(recipe.pretrain.max_length or recipe.data.max_length)
+        wanted += [("pretrain", rows.pretrain, "text", window)]
+        wanted += [("pretrain-eval", rows.pretrain_held_out, "text", window)]
+    found = {}
+    for name, chosen, task_name, settings in wanted:
+        task = catalog.resolve("task", task_name)(tokenizer, settings)
+        weighed = name in ("train", "pretrain", "general")  # what is held out is there once
+        augment = recipe.data.augment if name == "train" else ()
+        tokenizer_folder = run.folder("preprocess") / "tokenizer"
+        how = Encoding(task_name, tokenizer_folder, settings, weighed, augment, recipe.seed)
+        parts, sources = encode_all(run, name, chosen, how, task, work / "examples" / name, workers_of(recipe.data))
+        found[name] = Examples(task, parts, sources)
+    return found
 
 
-def _refuse_too_long(recipe: Recipe, tokenizer: Any, corpora: dict[str, Corpus]) -> None:
+def _joined(folder: Path, examples: Examples, tokenizer: Any) -> Corpus:
+    """The parts of a corpus as one, without what is left out."""
+    task = examples.task
+    writer = CorpusWriter(folder, {**task.columns, "source": SOURCE})
+    for number, part in enumerate(examples.parts):
+        writer.add_all(part, None if examples.kept is None else examples.kept[number])
+    counts = {key: sum(part.meta[key] for part in examples.parts) for key in ("rows_cut", "tokens_cut")}
+    counts["rows"] = examples.rows_kept()
+    settings = vars(task.settings) | {"labels": list(task.settings.labels)}
+    identity = task.describe() | {"tokenizer": tokenizer_digest(folder.parent / "tokenizer")}
+    return writer.finish({"settings": settings, "identity": identity, "sources": examples.sources} | counts)
+
+
+def _refuse_too_long(recipe: Recipe, tokenizer: Any, examples: dict[str, Examples]) -> None:
     """Raises RecipeError when an example is longer than the recipe's model can take; from scratch, pretrain checks it."""
     if recipe.model is None:
         return
     reach = longest_input(load_config(locate(recipe.model)), tokenizer)
-    for name, corpus in corpora.items():
-        longest = int(corpus.lengths(task_class(recipe).size_column).max(initial=0))
+    for name, made in examples.items():
+        column = made.task.size_column
+        longest = max((int(part.lengths(column).max(initial=0)) for part in made.parts), default=0)
         if reach is not None and longest > reach:
             raise RecipeError(
                 f"an example of `{name}` is longer than the model can take",
@@ -190,24 +202,38 @@ def _refuse_too_long(recipe: Recipe, tokenizer: Any, corpora: dict[str, Corpus])
             )
 
 
-def _write_rejected(path: Path, rejected: Sequence[Rejected]) -> None:
-    lines = ({"source": r.where.source, "line": r.where.line, "reason": r.reason} for r in rejected)
-    write_atomically(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+def _rejected(rows: RecipeRows, examples: dict[str, Examples]) -> dict[str, list[Any]]:
+    """The reasons why rows cannot be used, each with its count and the first place."""
+    found = {reason: list(entry) for reason, entry in rows.rejected.items()}
+    for made in examples.values():
+        for part in made.parts:
+            for reason, (count, where) in part.meta["rejected"].items():
+                found.setdefault(reason, [0, where])[0] += count
+    return found
 
 
-def _refuse_too_many(rejected: Sequence[Rejected], read: int, data: Data, path: Path) -> None:
+def _write_rejected(path: Path, parts: Sequence[Path]) -> None:
+    aside = path.with_name(f".{path.name}")
+    with aside.open("wb") as file:
+        for part in parts:
+            with part.open("rb") as lines:
+                shutil.copyfileobj(lines, file)
+    aside.replace(path)
+
+
+def _refuse_too_many(rejected: dict[str, list[Any]], read: int, data: Data, path: Path) -> None:
+    total = sum(count for count, _ in rejected.values())
     allowed = count_of(data.max_rejected, read)
-    if len(rejected) <= allowed:
+    if total <= allowed:
         return
-    first = {r.reason: r.where for r in reversed(rejected)}
-    counts = Counter(r.reason for r in rejected).most_common(5)
-    shown = "; ".join(f"{count} x {reason} ({first[reason]})" for reason, count in counts)
+    most = sorted(rejected.items(), key=lambda entry: -entry[1][0])
+    shown = "; ".join(f"{count} x {reason} ({where})" for reason, (count, where) in most[:5])
     raise DataError(
-        f"{len(rejected)} of {read} rows cannot be used",
-        got=shown + ("; ..." if len(first) > 5 else ""),
+        f"{total} of {read} rows cannot be used",
+        got=shown + ("; ..." if len(most) > 5 else ""),
         expected=f"at most {allowed} (data.max_rejected: {data.max_rejected})",
         hint=f"all of them are named in {path}; mend them, or raise data.max_rejected",
-        where=rejected[0].where,
+        where=next(iter(rejected.values()))[1],
     )
 
 

@@ -1,14 +1,20 @@
-"""All rows of a recipe as canonical rows, split into what is learnt and what is held out."""
+"""All rows of a recipe as canonical rows on disk, split into what is learnt and what is held out."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+import re
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
-from llmkit.data.filters import build_filters
-from llmkit.data.gather import Gathered, Kept, Request, gather
-from llmkit.data.sources import Rejected
-from llmkit.data.split import held_out, position
+import numpy as np
+
+from llmkit.data.gather import Gathered, Request, RowSet, gather
+from llmkit.data.shards import SAMPLES
+from llmkit.data.split import Share, held_out
+from llmkit.data.stream import Stream
+from llmkit.data.workers import cores
 from llmkit.errors import DataError, RecipeError
 from llmkit.model.loading import load_config
 from llmkit.model.location import locate
@@ -17,46 +23,50 @@ from llmkit.recipe.schema import Data, Recipe
 from llmkit.recipe.values import is_share, share
 from llmkit.run.directory import Run
 from llmkit.stages.base import task_class
-from llmkit.tasks.base import Encoded, Task
 
-_ROWS_AT_ONCE = 1000
+_WHOLE_NUMBER = re.compile(r"-?[0-9]{1,300}")
 
 
 class RecipeRows:
-    """All rows of a recipe, split; gathering shows progress and every guess."""
+    """All rows of a recipe, split, in a folder; gathering shows progress and every guess."""
 
-    def __init__(self, recipe: Recipe, run: Run) -> None:
+    def __init__(self, recipe: Recipe, run: Run, folder: Path) -> None:
         self.read = 0
-        self.rejected: list[Rejected] = []
-        self.filtered: list[Rejected] = []
-        self.taken_by_filter: dict[str, int] = {}
-        self.train: list[Kept] = []
-        self.held_out: list[Kept] = []
-        self.general: list[Kept] = []
-        self.pretrain: list[Kept] = []
-        self.pretrain_held_out: list[Kept] = []
+        self.rejected: dict[str, list[Any]] = {}  # reason -> count, the first place
+        self.filtered: dict[str, Counter[str]] = {}  # filter -> reason -> count
+        self.changed: dict[str, Counter[str]] = {}  # filter -> what -> count
+        self.samples: dict[str, list[dict[str, Any]]] = {}
+        self.left_out: list[Path] = []
+        self.train = self.held_out = self.general = self.pretrain = self.pretrain_held_out = RowSet()
         self.labels: tuple[str, ...] = ()
         self.formats: dict[str, str] = {}
+        self.repeated_held_out = 0  # training rows left out because they are held out too
         data, kind = recipe.data, task_class(recipe).kind
-        self._run = run
-        eval_uri = None if data.eval is None or is_share(data.eval) else data.eval
+        self._run, self._folder, self._data = run, folder, data
+        self._workers = workers_of(data)
+        eval_uri = data.eval if data.eval_is_uri else None
         if data.train is None and eval_uri is None and (recipe.pretrain is None or recipe.pretrain.data is None):
             raise RecipeError(
                 "there is no data to preprocess", expected="`data.train`, the URI of rows", where="data.train"
             )
-        if data.train is not None:
-            self.train = self._gather("data.train", data.train, kind, data)
-            self.labels = _labels(self.train)
-        if eval_uri is not None:
-            self.held_out = self._gather("data.eval", (Source(uri=eval_uri),), kind, data)
-            self.labels = self.labels or _labels_of_model(recipe) or _labels(self.held_out)
-            self._refuse_new_labels(self.held_out, "a held-out")
+        if data.train is not None and data.stream:
+            self.train = self._first_block(data.train, kind, data)
         elif data.train is not None:
-            self.train, self.held_out = _split(self.train, data.eval)
+            learnt = self._gather("data.train", data.train, kind, data)
+            self.train, self.labels = learnt.rows, _sorted_labels(learnt.labels)
+            _refuse_unknown_column(data, learnt)
+        if eval_uri is not None:
+            asked = self._gather("data.eval", (Source(uri=eval_uri),), kind, data)
+            self.held_out = asked.rows
+            self.labels = self.labels or _labels_of_model(recipe) or _sorted_labels(asked.labels)
+            self._refuse_new_labels(asked, "a held-out")
+            self._leave_out_held_out()
+        elif data.train is not None and not data.stream:
+            self.train, self.held_out = _split(self.train, data)
         if data.replay is not None:
             self.train += self._replayed(data, data.replay, kind)
         if data.general is not None:
-            self.general = self._gather("data.general", data.general, "text", Data())
+            self.general = self._gather("data.general", data.general, "text", Data()).rows
         if recipe.pretrain is not None:
             sources = recipe.pretrain.data
             if sources is None and kind == "text":
@@ -66,77 +76,133 @@ class RecipeRows:
                     "pretraining needs plain text", expected="`pretrain.data`, the URI of texts", where="pretrain.data"
                 )
             else:
-                rows = self._gather("pretrain.data", sources, "text", Data())
-                self.pretrain, self.pretrain_held_out = _split(rows, data.eval if is_share(data.eval) else "2%")
+                rows = self._gather("pretrain.data", sources, "text", Data()).rows
+                part = data.eval if is_share(data.eval) else "2%"
+                self.pretrain, self.pretrain_held_out = _split(rows, Data(eval=part))
 
-    def _gather(self, key: str, sources: Sequence[Source], kind: str, data: Data) -> list[Kept]:
-        requests = [Request(s.uri, s.weight, s.format or data.format, s.columns or data.columns) for s in sources]
+    def _gather(self, key: str, sources: Sequence[Source], kind: str, data: Data) -> Gathered:
+        requests = requests_of(data, sources)
+        seen = requests_of(data, data.seen or ()) if key == "data.train" else ()
         progress = self._run.reporter.progress(f"reading {key}", 0, "rows")
         try:
-            gathered: Gathered = gather(requests, kind, build_filters(data.filters), progress.advance)
+            gathered = gather(
+                *(requests, kind, data.filters, self._folder / key),
+                seen=seen,
+                group=data.group,
+                stratify=data.stratify,
+                workers=self._workers,
+                advance=progress.advance,
+            )
         finally:
             progress.close()
+        self._tell_formats(key, gathered)
+        self._add_up(gathered)
+        if not len(gathered.rows):
+            reasons = [(reason, where) for reason, (_, where) in gathered.rejected.items()]
+            reasons += [
+                (f"filter {n}: {s['reason']}", s["where"]) for n, some in gathered.samples.items() for s in some
+            ]
+            reasons += [(f"filter {name}: {next(iter(found))}", key) for name, found in gathered.filtered.items()]
+            raise DataError(
+                f"no row of `{key}` can be used",
+                got=f"{gathered.read} rows; the first: {reasons[0][0]}",
+                where=reasons[0][1],
+                hint="`llmkit inspect` shows how rows are understood",
+            )
+        return gathered
+
+    def filter_names(self) -> list[str]:
+        """The filters that took out or changed something, in the recipe's order."""
+        named = [spec if isinstance(spec, str) else next(iter(spec)) for spec in self._data.filters]
+        return [name for name in dict.fromkeys(named) if name in self.filtered or name in self.changed]
+
+    def _tell_formats(self, key: str, gathered: Gathered) -> None:
         for uri, chosen in gathered.formats.items():
             renamed = ", ".join(f"{name} = `{column}`" for name, column in chosen.columns.items() if name != column)
             shown = f"{chosen.name} ({renamed})" if renamed else chosen.name
             self.formats[uri] = f"{shown}, " + (f"told from {chosen.guessed}" if chosen.guessed else "as named")
             if chosen.guessed:
                 self._run.guess(f"{key} format", shown, chosen.guessed)
-        self.read += gathered.read
-        self.rejected += gathered.rejected
-        self.filtered += gathered.filtered
-        for name, count in gathered.taken_by_filter.items():
-            self.taken_by_filter[name] = self.taken_by_filter.get(name, 0) + count
-        if not gathered.rows:
-            first = (gathered.rejected or gathered.filtered)[0]
-            raise DataError(
-                f"no row of `{key}` can be used",
-                got=f"{gathered.read} rows; the first: {first.reason}",
-                where=first.where,
-                hint="`llmkit inspect` shows how rows are understood",
-            )
+
+    def _first_block(self, sources: Sequence[Source], kind: str, data: Data) -> RowSet:
+        """The rows that a stream begins with: what is told of the data beforehand is told of these."""
+        stream = stream_of(data, sources, kind)
+        gathered, _ = stream.block(stream.start, self._folder / "data.train")
+        self._tell_formats("data.train", gathered)
+        self._add_up(gathered)
+        self._run.reporter.note(f"data.train is a stream: the corpus `train` is its first block, {gathered.read} rows")
         return gathered.rows
 
-    def _replayed(self, data: Data, sources: Sequence[Source], kind: str) -> list[Kept]:
+    def _add_up(self, gathered: Gathered) -> None:
+        self.read += gathered.read
+        self.left_out += gathered.left_out
+        for reason, (count, where) in gathered.rejected.items():
+            self.rejected.setdefault(reason, [0, where])[0] += count
+        for mine, found in ((self.filtered, gathered.filtered), (self.changed, gathered.changed)):
+            for name, counts in found.items():
+                mine.setdefault(name, Counter()).update(counts)
+        for name, shown in gathered.samples.items():
+            known = self.samples.setdefault(name, [])
+            known += shown[: SAMPLES - len(known)]
+
+    def _leave_out_held_out(self) -> None:
+        """Training rows that say what a held-out row says are not learnt from."""
+        if self._data.leaks in ("off", "report") or not len(self.train):
+            return
+        repeated = np.isin(self.train.column("position"), self.held_out.column("position"))
+        if repeated.all():
+            raise DataError(
+                "all training rows are held out too",
+                got=f"{len(self.train)} rows of data.train, each of which stands in data.eval",
+                hint="name other data under data.eval, or a share such as 5%; data.leaks: report learns them all the same",
+                where="data.eval",
+            )
+        self.repeated_held_out = int(repeated.sum())
+        self.train = self.train.where(~repeated)
+
+    def _replayed(self, data: Data, sources: Sequence[Source], kind: str) -> RowSet:
         """Rows of other data, weighed so that they make up their share of the training rows; none that is held out."""
-        held_out_rows = {position(kept.row) for kept in self.held_out}
-        rows = [
-            row for row in self._gather("data.replay", sources, kind, data) if position(row.row) not in held_out_rows
-        ]
+        gathered = self._gather("data.replay", sources, kind, data)
+        self._refuse_new_labels(gathered, "a replayed")
+        repeated = np.isin(gathered.rows.column("position"), self.held_out.column("position"))
+        rows = gathered.rows.where(~repeated)
         part = share(data.replay_share)
-        weight = (
-            sum(kept.weight for kept in self.train) * part / (1 - part) / max(sum(kept.weight for kept in rows), 1e-9)
-        )
+        weight = self.train.total_weight * part / (1 - part) / max(rows.total_weight, 1e-9)
         self._run.reporter.note(
             f"replayed: {data.replay_share} of the training rows, each of {len(rows)} {weight:.2f} times"
         )
-        replayed = [replace(kept, weight=kept.weight * weight) for kept in rows]
-        self._refuse_new_labels(replayed, "a replayed")
-        return replayed
+        return rows.weighed(weight)
 
-    def _refuse_new_labels(self, rows: Sequence[Kept], which: str) -> None:
-        for kept in rows:
-            if "label" in kept.row and kept.row["label"] not in self.labels:
+    def _refuse_new_labels(self, gathered: Gathered, which: str) -> None:
+        for label, where in gathered.labels.items():
+            if label not in self.labels:
                 raise DataError(
                     f"{which} row has a label that the training data has not",
-                    got=kept.row["label"],
+                    got=label,
                     expected="one of " + ", ".join(self.labels),
-                    where=kept.where,
+                    where=where,
                     hint="take the row out, or add rows with this label to data.train",
                 )
 
 
-def encode_rows(task: Task, rows: Sequence[Kept]) -> Iterator[tuple[Kept, Encoded | str]]:
-    """Each row with its examples, or the reason why it has none; a thousand at a time, with all cores."""
-    for start in range(0, len(rows), _ROWS_AT_ONCE):
-        part = rows[start : start + _ROWS_AT_ONCE]
-        yield from zip(part, task.encode([kept.row for kept in part]), strict=True)
+def requests_of(data: Data, sources: Sequence[Source]) -> list[Request]:
+    """What the recipe says of sources."""
+    return [Request(s.uri, s.weight, s.format or data.format, s.columns or data.columns) for s in sources]
 
 
-def _labels(rows: Sequence[Kept]) -> tuple[str, ...]:
+def stream_of(data: Data, sources: Sequence[Source], kind: str) -> Stream:
+    """The training rows as a stream."""
+    return Stream(requests_of(data, sources), kind, data.filters)
+
+
+def workers_of(data: Data) -> int:
+    """How many processes work on the rows."""
+    return cores() if data.workers == "auto" else data.workers
+
+
+def _sorted_labels(found: Sequence[str] | dict[str, str]) -> tuple[str, ...]:
     """All labels, in the order of their numbers when they are numbers, else of their letters."""
-    found = {kept.row["label"] for kept in rows if "label" in kept.row}
-    numeric = all(label.lstrip("-").isdigit() for label in found)
+    numeric = all(_WHOLE_NUMBER.fullmatch(label) for label in found)
     return tuple(sorted(found, key=int if numeric else None))
 
 
@@ -150,9 +216,41 @@ def _labels_of_model(recipe: Recipe) -> tuple[str, ...]:
     return tuple(config.id2label[number] for number in sorted(config.id2label))
 
 
-def _split(rows: list[Kept], fraction: str | None) -> tuple[list[Kept], list[Kept]]:
+def _refuse_unknown_column(data: Data, learnt: Gathered) -> None:
+    for key, column in (("group", data.group), ("stratify", data.stratify)):
+        if column is not None and not learnt.with_column:
+            raise DataError(
+                f"no row has the column `{column}`",
+                got=f"data.{key}: {column}",
+                expected="a column of the data",
+                hint="`llmkit inspect` shows the columns",
+                where=f"data.{key}",
+            )
+
+
+def _split(rows: RowSet, data: Data) -> tuple[RowSet, RowSet]:
     """Training and held-out rows, by what the rows say."""
-    if fraction is None:
-        return rows, []
-    out = held_out([position(kept.row) for kept in rows], share(fraction))
-    return [k for k, o in zip(rows, out, strict=True) if not o], [k for k, o in zip(rows, out, strict=True) if o]
+    if data.eval is None:
+        return rows, RowSet()
+    positions = rows.column("place")
+    if data.fold is not None:
+        number, folds = map(int, data.fold.split("/"))
+        if len(np.unique(positions)) < folds:
+            raise DataError(
+                "there are fewer rows than folds",
+                got=f"{len(np.unique(positions))} different ones",
+                expected=f"at least {folds}",
+                where="data.fold",
+            )
+        wanted = Share(fold=(number, folds))
+    else:
+        wanted = Share(share(data.eval)) if is_share(data.eval) else Share(count=int(data.eval))
+        if wanted.count >= len(rows):
+            raise DataError(
+                "there are no more rows than are to be held out",
+                got=f"{len(rows)} rows, data.eval: {data.eval}",
+                expected=f"at most {len(rows) - 1}, so that some are left to learn from",
+                where="data.eval",
+            )
+    out = held_out(positions, wanted, rows.column("stratum") if data.stratify is not None else None)
+    return rows.where(~out), rows.where(out)

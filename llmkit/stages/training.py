@@ -22,6 +22,7 @@ from llmkit.stages.job import TrainingJob
 from llmkit.stages.prefix import known_prefix
 from llmkit.stages.prefix_cache import PrefixCache
 from llmkit.stages.sizing import Outline, Sizing, available_bytes, shape_computation, size_up
+from llmkit.stages.streaming import streamed_examples
 from llmkit.stages.trained import group_rows, save_model, training_metrics
 from llmkit.tasks.base import Regularisation
 from llmkit.train.allocator import give_back_freed_memory, keep_freed_memory
@@ -95,7 +96,7 @@ def make_fit(job: TrainingJob, accelerator: Any) -> Fit:
     masters = Masters(model, precision)
     if job.l2_sp:
         masters.anchor((name for name in masters.weights if name not in job.new_parameters), job.l2_sp)
-    objective, train, held_out = _with_known_prefix(job, objective, precision, sizing, thaws, accelerator)
+    objective, train, held_out = _data(job, objective, precision, sizing, thaws, accelerator)
     shape_computation(model, training)
     options = training.optimizer.options
     return Fit(
@@ -120,10 +121,13 @@ def make_fit(job: TrainingJob, accelerator: Any) -> Fit:
     )
 
 
-def _with_known_prefix(
+def _data(
     job: TrainingJob, objective: Objective, precision: str, sizing: Sizing, thaws: Sequence[Thaw], accelerator: Any
 ) -> tuple[Objective, Any, Any]:
-    """The objective and the corpora, with what leaves the frozen blocks where that is kept."""
+    """The objective and the data: a stream, or corpora with what leaves the frozen blocks where that is kept."""
+    if job.recipe.data.stream and job.train.folder.name == "train":
+        streamed = streamed_examples(job, accelerator.process_index, padded=objective.padded)
+        return objective, streamed, job.held_out
     if job.freezes is None:
         return objective, job.train, job.held_out
     cache = PrefixCache(job.freezes, job.run, objective, job.model, job.task.size_column, precision, accelerator)

@@ -6,16 +6,20 @@ Shapes: B examples of a batch, T tokens, V words of the vocabulary, C classes.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import numpy as np
 import torch
 
+from llmkit.data.batches import by_length
 from llmkit.data.corpus import Column, Corpus, Example
-from llmkit.model.objective import Batch, Objective
+from llmkit.data.states import CorpusWithStates
+from llmkit.model.objective import Batch, Objective, to_device
 from llmkit.model.precision import autocast
+
+_Found = TypeVar("_Found")
 
 
 @dataclass(frozen=True)
@@ -47,9 +51,24 @@ class Encoded:
     lost_tokens: int = 0
 
 
+class ObjectiveBehindPrefix(Objective, Protocol):
+    """An objective that begins behind a model's frozen prefix where a batch brings the states that leave it."""
+
+    def behind(self, batch: Batch) -> AbstractContextManager[Batch]:
+        """What the task's own objective takes of a batch; while entered, its states stand in for the prefix."""
+
+
+@dataclass(frozen=True)
+class Known:
+    """What leaves a model's frozen prefix for examples of the corpus that is scored, and the objective that begins there."""
+
+    objective: ObjectiveBehindPrefix
+    corpus: CorpusWithStates
+
+
 @dataclass(frozen=True)
 class Scoring:
-    """How a model is to be scored."""
+    """How a model is to be scored; what is `known` is not computed, to the same scores."""
 
     device: torch.device
     precision: str  # bf16 (the model's parameters are), fp16 or fp32
@@ -59,6 +78,8 @@ class Scoring:
     max_new_tokens: int
     samples: int
     advance: Callable[[int], None] = lambda done: None
+    objective: Any = None  # the task's own for this model; the task makes it where it is not given
+    known: Known | None = None
 
     def autocast(self) -> AbstractContextManager[Any]:
         """To be entered around every forward."""
@@ -88,6 +109,7 @@ class Task(Protocol):
     size_column: ClassVar[str]  # the ragged column whose length says how much work an example is
 
     tokenizer: Any
+    settings: TaskSettings
 
     def __init__(self, tokenizer: Any, settings: TaskSettings) -> None:
         """Raises RecipeError when the tokenizer or the labels do not fit the task."""
@@ -120,6 +142,31 @@ class Task(Protocol):
 
     def evaluate(self, model: Any, corpus: Corpus, scoring: Scoring) -> Scores:
         """The model's scores on a corpus of this task."""
+
+
+def computed(
+    objective: Objective,
+    corpus: Corpus,
+    size_column: str,
+    scoring: Scoring,
+    compute: Callable[[Batch], _Found],
+) -> list[tuple[list[int], _Found]]:
+    """What `compute` makes of each batch of a corpus, beside the numbers of its examples, which are of like length.
+
+    `compute` takes batches of `objective`, the task's own; meanwhile what is known of the corpus stands in for the prefix.
+    """
+    known, found = scoring.known, []
+    collating, source = (known.objective, known.corpus) if known else (objective, corpus)
+    begun = known.objective.behind if known else nullcontext
+    with collating.computing():
+        for some in by_length(corpus.lengths(size_column), scoring.batch_size):
+            numbers = some.tolist()
+            for part in filter(None, known.corpus.apart(numbers) if known else [numbers]):
+                batch = to_device(collating.collate([source[number] for number in part]), scoring.device)
+                with scoring.autocast(), begun(batch) as rest:
+                    found.append((part, compute(rest)))
+                scoring.advance(len(part))
+    return found
 
 
 def padded_rows(rows: Sequence[Any], pad_id: int, *, left: bool = False) -> tuple[np.ndarray, np.ndarray]:

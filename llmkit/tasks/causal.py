@@ -9,11 +9,10 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
-from llmkit.data.batches import by_length
 from llmkit.data.corpus import Column, Corpus, Example, smallest_unsigned
 from llmkit.model.causal import read_causal_model
-from llmkit.model.objective import Batch, to_device
-from llmkit.tasks.base import Regularisation, Scoring, TaskSettings
+from llmkit.model.objective import Batch
+from llmkit.tasks.base import Regularisation, Scoring, TaskSettings, computed
 from llmkit.tasks.causal_objective import CausalObjective, left_padded
 
 
@@ -69,13 +68,12 @@ class CausalTask:
     @torch.inference_mode()
     def token_sums(self, model: Any, corpus: Corpus, scoring: Scoring) -> TokenSums:
         """Loss and right tokens over a whole corpus."""
+        objective = scoring.objective or self.objective(model)
+
+        def sums(batch: Batch) -> tuple[float, int, int]:
+            return *objective.loss_and_hits(batch), objective.count(batch)
+
         loss, correct, tokens = 0.0, 0, 0
-        objective = self.objective(model)
-        with objective.computing():
-            for numbers in by_length(corpus.lengths("input_ids"), scoring.batch_size):
-                batch = to_device(objective.collate([corpus[int(i)] for i in numbers]), scoring.device)
-                with scoring.autocast():
-                    part, hits = objective.loss_and_hits(batch)
-                loss, correct, tokens = loss + part, correct + hits, tokens + objective.count(batch)
-                scoring.advance(len(numbers))
+        for _, (part, hits, count) in computed(objective, corpus, self.size_column, scoring, sums):
+            loss, correct, tokens = loss + part, correct + hits, tokens + count
         return TokenSums(loss, correct, tokens)

@@ -11,18 +11,18 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from llmkit.data.batches import by_length
 from llmkit.data.corpus import Column, Corpus, Example, smallest_unsigned
 from llmkit.errors import DataError
 from llmkit.metrics.classification import classification_scores
 from llmkit.model.forward import fast_forward
-from llmkit.model.objective import Batch, to_device
+from llmkit.model.objective import Batch
 from llmkit.tasks.base import (
     Encoded,
     Regularisation,
     Scores,
     Scoring,
     TaskSettings,
+    computed,
     embedding_noise,
     padded_places,
     padded_rows,
@@ -79,7 +79,14 @@ class ClassifyTask:
         """Texts cut at max_length, with the number of their label."""
         texts = [row["text"] for row in rows]
         whole = self.tokenizer(texts, verbose=False)["input_ids"]
-        cut = self.tokenizer(texts, truncation=True, max_length=self.settings.max_length, verbose=False)["input_ids"]
+        long = [number for number, ids in enumerate(whole) if len(ids) > self.settings.max_length]
+        cut = list(whole)
+        if long:
+            shorter = self.tokenizer(
+                [texts[number] for number in long], truncation=True, max_length=self.settings.max_length, verbose=False
+            )
+            for place, ids in zip(long, shorter["input_ids"], strict=True):
+                cut[place] = ids
         encoded: list[Encoded | str] = []
         for row, before, after in zip(rows, whole, cut, strict=True):
             number = self.numbers.get(row["label"])
@@ -111,17 +118,16 @@ class ClassifyTask:
     @torch.inference_mode()
     def evaluate(self, model: Any, corpus: Corpus, scoring: Scoring) -> Scores:
         """Scores over all texts, and for `scoring.samples` of them what the model said."""
-        loss = 0.0
-        predicted = np.zeros(len(corpus), np.int64)
-        objective = self.objective(model)
-        with objective.computing():
-            for numbers in by_length(corpus.lengths("input_ids"), scoring.batch_size):
-                batch = to_device(objective.collate([corpus[int(i)] for i in numbers]), scoring.device)
-                with scoring.autocast():
-                    logits = objective.logits(model, batch)
-                loss += F.cross_entropy(logits, batch["labels"], reduction="sum").item()
-                predicted[numbers] = logits.argmax(dim=-1).cpu().numpy()
-                scoring.advance(len(numbers))
+        objective = scoring.objective or self.objective(model)
+
+        def judged(batch: Batch) -> tuple[float, np.ndarray]:
+            logits = objective.logits(model, batch)
+            return F.cross_entropy(logits, batch["labels"], reduction="sum").item(), logits.argmax(dim=-1).cpu().numpy()
+
+        loss, predicted = 0.0, np.zeros(len(corpus), np.int64)
+        for numbers, (part, labels) in computed(objective, corpus, self.size_column, scoring, judged):
+            loss += part
+            predicted[numbers] = labels
         actual = np.asarray(corpus.values("label"), np.int64)
         found, tables = classification_scores(actual, predicted, self.settings.labels)
         found["loss"] = loss / len(corpus)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
+from functools import cached_property
 from itertools import pairwise
 from typing import Any, ClassVar
 
@@ -36,8 +38,45 @@ class TextTask(CausalTask):
     def encode(self, rows: Sequence[dict[str, Any]]) -> list[Encoded | str]:
         """Documents as windows; the tokenizer's own special tokens come first, its end token last."""
         texts = [row["text"] for row in rows]
+        if self._bytes_of_tokens is None:
+            return self._encode_by_offsets(texts)
+        fast = self.tokenizer.backend_tokenizer
+        fast.no_truncation()
+        fast.no_padding()
+        encodings = fast.encode_batch_fast(texts)  # which keeps no offsets
+        special = fast.num_special_tokens_to_add(False) > 0
+        found = []
+        for text, encoding in zip(texts, encodings, strict=True):
+            ids = np.array(encoding.ids, np.int64)
+            widths = self._bytes_of_tokens[ids]
+            if special:
+                widths[np.array(encoding.special_tokens_mask, bool)] = 0
+            reached = np.minimum(np.cumsum(widths), len(text.encode()))
+            reached[-1:] = len(text.encode())
+            found.append(self._windows(ids, np.diff(reached, prepend=0)))
+        return found
+
+    @cached_property
+    def _bytes_of_tokens(self) -> np.ndarray | None:
+        """How many bytes each token stands for; None where only the tokenizer's offsets tell."""
+        if not self.tokenizer.is_fast:
+            return None
+        decoder = json.loads(self.tokenizer.backend_tokenizer.to_str())["decoder"] or {}
+        if decoder.get("type") != "ByteLevel":
+            return None
+        added = {token.content for token in self.tokenizer.added_tokens_decoder.values()}
+        vocabulary = self.tokenizer.get_vocab()
+        widths = np.zeros(max(vocabulary.values()) + 1, np.int64)
+        for token, number in vocabulary.items():  # a character of a byte-level token is a byte
+            widths[number] = len(token.encode() if token in added else token)
+        return widths
+
+    def _encode_by_offsets(self, texts: list[str]) -> list[Encoded | str]:
         encodings = self.tokenizer(texts, return_offsets_mapping=self.tokenizer.is_fast, verbose=False)
-        return [self._windows(texts[i], encodings, i) for i in range(len(texts))]
+        return [
+            self._windows(np.array(ids, np.int64), self._token_bytes(text, encodings, number))
+            for number, (text, ids) in enumerate(zip(texts, encodings["input_ids"], strict=True))
+        ]
 
     def evaluate(self, model: Any, corpus: Corpus, scoring: Scoring) -> Scores:
         """Scores over all windows; the document's end token counts in the loss, not in the bytes."""
@@ -49,30 +88,29 @@ class TextTask(CausalTask):
             found["bits_per_byte"] = sums.loss / math.log(2) / text_bytes
         return Scores({name: found[name] for name in self.metrics if name in scoring.metrics and name in found})
 
-    def _windows(self, text: str, encodings: Any, index: int) -> Encoded | str:
-        ids = list(encodings["input_ids"][index])
-        widths = self._token_bytes(text, encodings, index)
-        if self.tokenizer.eos_token_id is not None and (not ids or ids[-1] != self.tokenizer.eos_token_id):
-            ids.append(self.tokenizer.eos_token_id)
-            widths.append(0)
+    def _windows(self, ids: np.ndarray, widths: np.ndarray) -> Encoded | str:
+        """The windows of one document, from its token ids and the bytes that each stands for, both (T,)."""
+        end = self.tokenizer.eos_token_id
+        if end is not None and (not len(ids) or ids[-1] != end):
+            ids, widths = np.append(ids, end), np.append(widths, 0)
         if len(ids) < 2:
             return "text has fewer than two tokens: nothing to predict"
         stride = self.settings.max_length - 1
         examples: list[Example] = []
         for start in range(0, len(ids) - 1, stride):
-            part = slice(start, start + stride + 1)
-            supervised = np.ones(len(ids[part]), bool)
+            part = ids[start : start + stride + 1]
+            supervised = np.ones(len(part), bool)
             supervised[0] = False
-            text_bytes = sum(widths[start + 1 : start + stride + 1])
-            examples.append({"input_ids": ids[part], "supervised": supervised, "text_bytes": text_bytes})
+            text_bytes = int(widths[start + 1 : start + stride + 1].sum())
+            examples.append({"input_ids": part, "supervised": supervised, "text_bytes": text_bytes})
         return Encoded(examples)
 
-    def _token_bytes(self, text: str, encodings: Any, index: int) -> list[int]:
+    def _token_bytes(self, text: str, encodings: Any, index: int) -> np.ndarray:
         """How many bytes of the text each token stands for, all bytes in all; a slow tokenizer spreads them evenly."""
         count = len(encodings["input_ids"][index])
         if "offset_mapping" not in encodings:
-            return np.diff(np.linspace(0, len(text.encode()), count + 1).astype(int)).tolist()
+            return np.diff(np.linspace(0, len(text.encode()), count + 1).astype(int))
         ends = [end for _, end in encodings["offset_mapping"][index]]
         ends[-1:] = [len(text)] if ends else []  # white space that the tokenizer trims off the end
         reached = np.maximum.accumulate([0, *ends])
-        return [len(text[a:b].encode()) for a, b in pairwise(reached)]
+        return np.array([len(text[a:b].encode()) for a, b in pairwise(reached)], np.int64)

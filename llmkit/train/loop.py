@@ -33,6 +33,7 @@ from llmkit.train.micro_batches import Feeder, cut_corpus
 from llmkit.train.signals import StopRequest
 from llmkit.train.state import TrainState
 from llmkit.train.step import Stepper
+from llmkit.train.stream import StreamedExamples
 from llmkit.train.thaw import Thaw, Thawing
 
 Schedule = Callable[[Progress], float]
@@ -48,7 +49,7 @@ class Fit:
     optimizer: torch.optim.Optimizer
     schedule: Schedule
     training: Training
-    train: Corpus | CorpusWithStates
+    train: Corpus | CorpusWithStates | StreamedExamples
     held_out: Corpus | CorpusWithStates | None
     size_column: str
     seed: int
@@ -63,14 +64,18 @@ class Fit:
     state: TrainState = field(default_factory=TrainState)
 
     def __post_init__(self) -> None:
-        if not len(self.train):
+        if not isinstance(self.train, StreamedExamples) and not len(self.train):
             raise DataError("there is no example to train on", where=self.train.folder, hint="look at rejected.jsonl")
         accelerator, training = self.accelerator, self.training
         self.model = self.masters.model
-        self.order = batch_order(
-            training, self.train.lengths(self.size_column), self.seed, padded=self.objective.padded
-        )
-        self.total_steps = total_steps(training, self.order)
+        self.order: BatchOrder | StreamedExamples
+        if isinstance(self.train, StreamedExamples):
+            assert training.steps is not None, "the schema asks for them"
+            self.order, self.total_steps = self.train, training.steps
+        else:
+            lengths = self.train.lengths(self.size_column)
+            self.order = batch_order(training, lengths, self.seed, padded=self.objective.padded)
+            self.total_steps = total_steps(training, self.order)
         self.warmup_steps = count_of(training.warmup, self.total_steps)
         self.base_rates = [float(group["lr"]) for group in self.optimizer.param_groups]
         scaler = torch.amp.GradScaler(accelerator.device.type) if self.precision == "fp16" else None
@@ -113,6 +118,8 @@ class Fit:
         if found is None:
             return False
         self.state = found
+        if isinstance(self.train, StreamedExamples) and found.stream is not None:
+            self.train.go_to(found.stream)
         if isinstance(self.training.micro_batch_tokens, int) and most is not None:  # it may have been lowered since
             self.state.micro_batch_tokens = min(most, found.micro_batch_tokens or most)
         return True
@@ -131,19 +138,26 @@ class Fit:
                     if self._evaluation_is_due():
                         self._evaluate(hooks)
                     if stop or self._save_is_due(saved_at, saved_step):
-                        self.keeper.save(self.state)
+                        self._save()
                         saved_at, saved_step = time.monotonic(), self.state.step
                     if stop:
                         raise request.error(self.state.step)
                 if any(self.stepper.sum_over_processes([int(request.received is not None)])):  # during the last step
-                    self.keeper.save(self.state)
+                    self._save()
                     raise request.error(self.state.step)
         finally:
             self.feeder.close()
+            if isinstance(self.train, StreamedExamples):
+                self.train.close()
             for hook in hooks:
                 hook.close()
         self.keeper.settle(self.state, self.training.keep)
         return self.state
+
+    def _save(self) -> None:
+        if isinstance(self.train, StreamedExamples) and self.state.step < self.total_steps:
+            self.state.stream = self.train.place_of(self.state.step)
+        self.keeper.save(self.state)
 
     def train_mode(self) -> None:
         """The model as it trains: with dropout, but for what stands still."""

@@ -5,23 +5,24 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-
-import numpy as np
+from typing import Any
 
 from llmkit.data.batches import BatchOrder
 from llmkit.data.corpus import Corpus
 from llmkit.data.states import CorpusWithStates
 from llmkit.model.objective import Batch, Objective
+from llmkit.train.stream import StreamedExamples
 
 _MOST_PADDING = 0.03  # of what is computed
 
 
 def cut(
-    numbers: Iterable[int], lengths: np.ndarray, *, padded: bool, tokens: int | None, examples: int | None = None
+    numbers: Iterable[int], lengths: Any, *, padded: bool, tokens: int | None, examples: int | None = None
 ) -> list[list[int]]:
     """Examples in parts of at most so many tokens, padding included, and examples; one example always makes a part.
 
-    `lengths` are of the whole corpus. Padded parts hold examples of like length, so that at most 3 % of them is padding.
+    `lengths` gives that of an example by its number. Padded parts hold examples of like length, so that at most 3 % of
+    them is padding.
     """
     ordered = sorted(numbers, key=lambda number: -lengths[number]) if padded else list(numbers)
     parts: list[list[int]] = []
@@ -42,9 +43,9 @@ def cut(
 
 
 def cut_corpus(
-    corpus: Corpus | CorpusWithStates,
+    corpus: Corpus | CorpusWithStates | StreamedExamples,
     numbers: Sequence[int],
-    lengths: np.ndarray,
+    lengths: Any,
     *,
     padded: bool,
     tokens: int | None,
@@ -59,8 +60,8 @@ def cut_corpus(
 class Feeder:
     """One process's micro-batches of each step."""
 
-    corpus: Corpus | CorpusWithStates
-    order: BatchOrder
+    corpus: Corpus | CorpusWithStates | StreamedExamples
+    order: BatchOrder | StreamedExamples
     objective: Objective
     process: int
     processes: int

@@ -1,6 +1,6 @@
-"""Training on top of a frozen prefix whose hidden states are kept: computed once, and then read.
+"""Training and scoring on top of a frozen prefix whose hidden states are kept: computed once, and then read.
 
-A micro-batch of examples whose states are known begins behind the prefix; any other computes all, to the same result.
+A batch of examples whose states are known begins behind the prefix; any other computes all, to the same result.
 """
 
 from __future__ import annotations
@@ -68,12 +68,19 @@ class PrefixObjective:
 
     def loss(self, model: Any, batch: Batch) -> torch.Tensor:
         """The loss of the objective within."""
+        with self.behind(batch) as rest:
+            return self.inner.loss(model, rest)
+
+    @contextmanager
+    def behind(self, batch: Batch) -> Iterator[Batch]:
+        """The batch for the objective within; while entered, the states that it brings stand in for the prefix."""
         rest = {name: value for name, value in batch.items() if name not in (STATES, _DEPTH)}
         if STATES not in batch:
-            return self.inner.loss(model, rest)
+            yield rest
+            return
         states = batch[STATES].view(*batch["input_ids"].shape, -1)
-        with self.prefix.left_out(batch[_DEPTH], states.to(next(model.parameters()).dtype)):
-            return self.inner.loss(model, rest)
+        with self.prefix.left_out(batch[_DEPTH], states.to(next(self.prefix.model.parameters()).dtype)):
+            yield rest
 
 
 @torch.no_grad()

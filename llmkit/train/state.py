@@ -29,6 +29,7 @@ class TrainState:
     evaluations_without_gain: int = 0
     micro_batch_tokens: int | None = None  # most that a process computes at once; lower once memory ran out
     held_out_losses: list[float] = field(default_factory=list)  # all of them, in order
+    stream: dict[str, Any] | None = None  # where a stream of training data is to be read on
 
     @property
     def train_loss(self) -> float | None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
+import numpy as np
 import pytest
 
-from llmkit.data.filters import build_filters, row_text
+from llmkit.catalog import names
+from llmkit.data.filters import Comparison, build_filters, row_text
 from llmkit.errors import RecipeError
 
 CHAT = {"messages": [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "cd"}]}
@@ -40,26 +43,57 @@ def test_length_by_default_takes_out_only_what_is_empty() -> None:
     assert keep(CHAT) is CHAT
 
 
+def repeats(rows: list[dict[str, Any]], cuts: tuple[int, ...] = (), out: tuple[int, ...] = ()) -> list[int]:
+    """For each row the earlier one that the filter `duplicates` says it repeats; the keys lie in parts."""
+    ((_, take),) = build_filters(["duplicates"])
+    assert isinstance(take, Comparison)
+    assert take.reason == "the same as an earlier row"
+    keys = np.stack([take.key(row) for row in rows])
+    assert keys.nbytes == 16 * len(rows)
+    alive = np.ones(len(rows), bool)
+    alive[[*out]] = False
+    return [int(number) for number in take.repeats(np.split(keys, cuts), alive)]
+
+
+SAME: list[dict[str, Any]] = [
+    {"text": "a", "label": "x"},
+    {"text": "a", "label": "y"},
+    {"label": "x", "text": "a"},
+    {"text": "a "},
+    CHAT,
+    {**CHAT, "tools": []},
+    CHAT,
+    {"text": "A", "label": "x"},
+    {"text": "a", "label": "x"},
+]
+
+
 def test_duplicates_keeps_the_first_and_counts_the_label() -> None:
-    ((_, keep),) = build_filters(["duplicates"])
-    rows: list[dict[str, Any]] = [
-        {"text": "a", "label": "x"},
-        {"text": "a", "label": "y"},
-        {"label": "x", "text": "a"},
-        {"text": "a "},
-        CHAT,
-        {**CHAT, "tools": []},
-        CHAT,
-    ]
-    taken = [at for at, row in enumerate(rows) if keep(row) == "the same as an earlier row"]
-    assert taken == [2, 6]
-    assert {len(digest) for digest in keep._seen} == {16}  # type: ignore[attr-defined]
+    assert repeats(SAME) == [-1, -1, 0, -1, -1, -1, 4, -1, 0]
 
 
-def test_each_building_starts_afresh() -> None:
-    for _ in range(2):
-        ((_, keep),) = build_filters(["duplicates"])
-        assert keep({"text": "a"}) == {"text": "a"}
+@pytest.mark.parametrize("cuts", [(2,), (0, 1, 1, 8, 9)])
+def test_duplicates_finds_them_however_the_keys_are_divided(cuts: tuple[int, ...]) -> None:
+    assert repeats(SAME, cuts) == repeats(SAME)
+
+
+def test_duplicates_does_not_see_what_is_out_already() -> None:
+    assert repeats(SAME, out=(0, 4)) == [-1, -1, -1, -1, -1, -1, -1, -1, 2]
+    assert repeats(SAME, out=tuple(range(9))) == [-1] * 9
+
+
+def test_duplicates_among_many_rows_are_those_that_a_set_finds() -> None:
+    chance = random.Random(2)
+    rows = [{"text": f"text {chance.randrange(3000)}"} for _ in range(4000)]
+    first: dict[str, int] = {}
+    wanted = [first.setdefault(row["text"], at) for at, row in enumerate(rows)]
+    assert repeats(rows, (100, 101, 3000)) == [-1 if at == number else number for at, number in enumerate(wanted)]
+
+
+def test_duplicates_of_no_rows() -> None:
+    ((_, take),) = build_filters(["duplicates"])
+    assert isinstance(take, Comparison)
+    assert take.repeats([take.none(), take.none()], np.zeros(0, bool)).tolist() == []
 
 
 def test_filters_keep_the_order_of_the_recipe_and_options_may_be_left_out() -> None:
@@ -70,7 +104,7 @@ def test_filters_keep_the_order_of_the_recipe_and_options_may_be_left_out() -> N
 @pytest.mark.parametrize(
     ("spec", "what", "expected", "hint"),
     [
-        ("lenght", "unknown filter `lenght`", "one of length, duplicates", "did you mean `length`?"),
+        ("lenght", "unknown filter `lenght`", "one of " + ", ".join(names("filter")), "did you mean `length`?"),
         (
             {"length": {"min_char": 2}},
             "the filter `length` has no option `min_char`",

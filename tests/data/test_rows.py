@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
+from decimal import Decimal
 from typing import Any
 
 import pytest
@@ -214,11 +216,12 @@ SYSTEM = {"role": "system", "content": "be nice"}
                 "conversations": [
                     {"from": "system", "value": "be nice"},
                     {"from": "user", "value": "hi"},
+                    {"from": "assistant", "value": "yes"},
                     {"from": "tool", "value": "42"},
                     {"from": "assistant", "value": "yes", "weight": 1},
                 ]
             },
-            {"messages": [SYSTEM, USER, {"role": "tool", "content": "42"}, {**BOT, "weight": 1}]},
+            {"messages": [SYSTEM, *CHAT, {"role": "tool", "content": "42"}, {**BOT, "weight": 1}]},
         ),
     ],
 )
@@ -274,6 +277,11 @@ def turn(role: Any, content: Any) -> dict[str, Any]:
         ("messages", {"messages": [turn("user", "\ud83d"), BOT]}, "message 1 has a lone surrogate at character 1"),
         ("messages", {"messages": [USER, {**BOT, "why": "\ud83d"}]}, "message 2 has a lone surrogate"),
         ("messages", {"messages": [USER, {**BOT, "train": 1}]}, "`train` of message 2 is a number, not true or false"),
+        (
+            "messages",
+            {"messages": [USER, turn("tool", "42"), BOT]},
+            "the tool turn 2 follows no call: the turn before it is not the assistant's",
+        ),
         ("messages", {"messages": CHAT, "tools": "[]"}, "column `tools` is text, not a list"),
         ("messages", {"messages": CHAT, "tools": ["\ud83d"]}, "tools has a lone surrogate"),
         ("sharegpt", {"conversations": [{"value": "a"}]}, "message 1 has no `from`"),
@@ -291,6 +299,30 @@ def test_a_reason_names_the_column_of_the_data_and_the_place() -> None:
     fmt = RowFormat("text", {"text": "Body"}, None)
     (row,) = rows({"Body": 3, "text": "not this one"})
     assert convert(row, fmt) == Rejected("column `Body` is a number, not text", Where("rows.jsonl", 1))
+
+
+def test_labels_are_of_the_type_that_most_of_the_sample_has() -> None:
+    fmt = choose(*({"text": "a", "label": label} for label in ("x", 1, None, 2.0)), kind="labelled")
+    results = [convert(row, fmt) for row in rows(*({"text": "a", "label": each} for each in (3, 4.0, "3", True)))]
+    assert results[:2] == [{"text": "a", "label": "3"}, {"text": "a", "label": "4"}]
+    assert [each.reason for each in results[2:] if isinstance(each, Rejected)] == [
+        "column `label` is text and most labels are a number",
+        "column `label` is true or false and most labels are a number",
+    ]
+
+
+@pytest.mark.parametrize("sample", [1, 2])
+def test_an_optional_column_may_come_late(sample: int) -> None:
+    tools = [{"name": "t"}]
+    late = rows({"messages": CHAT}, {"messages": CHAT, "tools": tools})
+    fmt = choose_format(late[:sample], "chat", name=None, columns=None, where="data.train")
+    assert [convert(row, fmt) for row in late] == [{"messages": CHAT}, {"messages": CHAT, "tools": tools}]
+
+
+def test_what_json_has_no_word_for_becomes_text() -> None:
+    sent = datetime(2024, 5, 6, tzinfo=UTC)
+    expected = {"messages": [USER, {**BOT, "sent": str(sent), "cost": "1.5"}]}
+    assert canonical("messages", {"messages": [USER, {**BOT, "sent": sent, "cost": Decimal("1.5")}]}) == expected
 
 
 def test_converting_leaves_the_row_alone() -> None:

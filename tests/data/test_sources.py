@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bz2
 import gzip
+import io
 import json
 import lzma
 import os
@@ -19,7 +20,8 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from llmkit.data.sources import Rejected, Row, Where, read_rows, source_digest
+from llmkit.data.sources import Rejected, Row, Where, read_file, read_rows, source_digest
+from llmkit.data.storage import DataFile
 from llmkit.errors import DataError, RecipeError
 
 TWO = [{"text": "one é", "n": 1}, {"text": "two", "n": 2}]
@@ -176,8 +178,11 @@ def test_a_bad_csv_row_is_refused_and_the_rest_is_read(tmp_path: Path, line: byt
     assert [row.values["b"] for row in read_rows(uri) if isinstance(row, Row)] == ["0", "9"]
 
 
-def test_an_unclosed_quote_is_refused_at_the_line_where_it_opens(tmp_path: Path) -> None:
-    assert refused(put(tmp_path / "a.csv", 'a,b\n1,2\n"3,4\n5,6\n')) == [(3, "invalid CSV: unexpected end of data")]
+def test_an_unclosed_quote_is_refused_with_every_line_that_it_swallows(tmp_path: Path) -> None:
+    assert refused(put(tmp_path / "a.csv", 'a,b\n1,2\n"3,4\n5,6\n')) == [
+        (3, "invalid CSV: unexpected end of data"),
+        (4, "the line goes on with a record that is refused"),
+    ]
 
 
 def test_text_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
@@ -189,6 +194,12 @@ def test_parquet_text_that_is_not_utf8_is_refused_row_by_row(tmp_path: Path) -> 
     uri = str(tmp_path / "a.parquet")
     assert refused(uri) == [(2, "not valid UTF-8: byte 0xff at offset 0")]
     assert [row.where.line for row in read_rows(uri) if isinstance(row, Row)] == [1, 3]
+
+
+def test_a_part_of_a_file_knows_its_lines_and_what_is_not_its_start() -> None:
+    part = io.BytesIO(b"\xff\xfe{}\n{}\n")
+    rows = list(read_file(DataFile("a.jsonl", "a.jsonl"), part, lines_before=7))
+    assert [(type(row), row.where.line) for row in rows] == [(Rejected, 8), (Row, 9)]
 
 
 def test_a_big_jsonl_file_is_read_as_a_stream(tmp_path: Path) -> None:

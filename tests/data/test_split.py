@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import random
+from collections import Counter
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from llmkit.data.split import copies, held_out, position
+from llmkit.data.gather import Request, gather
+from llmkit.data.split import Share, copies, held_out, position
 
 
 def rows_of(count: int) -> list[dict[str, Any]]:
@@ -15,8 +20,12 @@ def rows_of(count: int) -> list[dict[str, Any]]:
 
 
 def chosen(rows: list[dict[str, Any]], share: float) -> set[str]:
-    marks = held_out([position(row) for row in rows], share)
+    marks = held_out(positions_of(rows), Share(share))
     return {row["text"] for row, mark in zip(rows, marks, strict=True) if mark}
+
+
+def positions_of(rows: list[dict[str, Any]]) -> np.ndarray:
+    return np.array([position(row) for row in rows])
 
 
 @pytest.mark.parametrize("share", [0.01, 0.05, 0.2, 0.5])
@@ -72,21 +81,136 @@ def test_different_rows_stand_apart() -> None:
 @pytest.mark.parametrize("count", [2, 3, 5, 20])
 def test_a_small_set_has_one_row_or_more_on_both_sides(count: int) -> None:
     for share in (0.001, 0.05, 0.999):
-        marks = held_out([position(row) for row in rows_of(count)], share)
+        marks = held_out(positions_of(rows_of(count)), Share(share))
         assert any(marks)
         assert not all(marks)
-    assert held_out([position(row) for row in rows_of(count)], 0.0001).count(True) == 1
+    assert held_out(positions_of(rows_of(count)), Share(0.0001)).sum() == 1
 
 
 def test_duplicates_in_a_small_set_are_held_out_together() -> None:
-    marks = held_out([0.4, 0.2, 0.2, 0.9], 0.1)
-    assert marks == [False, True, True, False]
+    marks = held_out(np.array([0.4, 0.2, 0.2, 0.9]), Share(0.1))
+    assert marks.tolist() == [False, True, True, False]
 
 
-def test_there_is_nothing_to_hold_out_of_one_distinct_row() -> None:
-    assert held_out([], 0.5) == []
-    assert held_out([0.1], 0.5) == [False]
-    assert held_out([0.1, 0.1], 0.5) == [False, False]
+@pytest.mark.parametrize("wanted", [Share(0.5), Share(count=1), Share(fold=(1, 2))])
+@pytest.mark.parametrize("positions", [[], [0.1], [0.1, 0.1]])
+def test_there_is_nothing_to_hold_out_of_one_distinct_row(wanted: Share, positions: list[float]) -> None:
+    found = held_out(np.array(positions), wanted)
+    assert (found.shape, found.any()) == ((len(positions),), False)
+
+
+@pytest.mark.parametrize("count", [1, 7, 100, 499])
+def test_a_count_of_rows_is_held_out_exactly(count: int) -> None:
+    rows = rows_of(500)
+    marks = held_out(positions_of(rows), Share(count=count))
+    assert marks.sum() == count
+    shuffled = random.Random(1).sample(range(500), 500)
+    again = held_out(positions_of([rows[at] for at in shuffled]), Share(count=count))
+    assert again.tolist() == marks[shuffled].tolist()
+    assert held_out(positions_of(rows), Share(count=min(count + 1, 499)))[marks].all(), "a larger count adds to it"
+
+
+def test_a_count_never_divides_duplicates() -> None:
+    positions = np.array([0.3, 0.1, 0.3, 0.2, 0.3, 0.9])
+    for count in range(1, 6):
+        marks = held_out(positions, Share(count=count))
+        assert len({*marks[positions == 0.3].tolist()}) == 1
+        assert marks.sum() == {1: 1, 2: 2, 3: 2, 4: 2, 5: 5}[count], "as many as whole groups allow"
+
+
+@pytest.mark.parametrize("folds", [2, 3, 5, 10])
+def test_folds_hold_out_each_row_once_and_are_of_one_size(folds: int) -> None:
+    positions = positions_of(rows_of(203))
+    marks = np.array([held_out(positions, Share(fold=(number, folds))) for number in range(1, folds + 1)])
+    assert (marks.sum(axis=0) == 1).all()
+    sizes = marks.sum(axis=1)
+    assert sizes.max() - sizes.min() <= 1
+
+
+def test_folds_do_not_divide_duplicates_and_do_not_depend_on_the_order() -> None:
+    positions = positions_of(rows_of(60))
+    positions = np.concatenate([positions, positions[:20], positions[:7]])
+    shuffled = np.random.default_rng(1).permutation(len(positions))
+    for number in range(1, 5):
+        marks = held_out(positions, Share(fold=(number, 4)))
+        assert (marks[:20] == marks[60:80]).all()
+        assert (marks[:7] == marks[80:]).all()
+        assert held_out(positions[shuffled], Share(fold=(number, 4))).tolist() == marks[shuffled].tolist()
+
+
+@pytest.mark.parametrize("sizes", [(500, 100, 20), (1000, 10, 10, 10), (30, 30)])
+def test_of_each_stratum_the_same_share_is_held_out(sizes: tuple[int, ...]) -> None:
+    strata = np.repeat(np.arange(len(sizes)), sizes)
+    positions = positions_of(rows_of(sum(sizes)))
+    for share in (0.1, 0.25, 0.5):
+        marks = held_out(positions, Share(share), strata)
+        for stratum, size in enumerate(sizes):
+            assert abs(marks[strata == stratum].sum() - share * size) <= 0.5
+    marks = held_out(positions, Share(count=sum(sizes) // 10), strata)
+    for stratum, size in enumerate(sizes):
+        assert abs(marks[strata == stratum].sum() - size / 10) <= 1
+
+
+def test_strata_are_divided_by_content_whatever_the_order() -> None:
+    positions, strata = positions_of(rows_of(300)), np.arange(300) % 7 // 3
+    marks = held_out(positions, Share(0.2), strata)
+    shuffled = np.random.default_rng(1).permutation(300)
+    assert held_out(positions[shuffled], Share(0.2), strata[shuffled]).tolist() == marks[shuffled].tolist()
+    for stratum in range(3):
+        mine = strata == stratum
+        assert positions[mine & marks].max() < positions[mine & ~marks].min(), "those of the lowest positions"
+
+
+@pytest.mark.parametrize("share", [0.001, 0.999])
+def test_a_small_stratum_has_a_row_on_both_sides_and_one_row_is_learnt(share: float) -> None:
+    positions, strata = positions_of(rows_of(53)), np.array([0] * 50 + [1] * 2 + [2])
+    marks = held_out(positions, Share(share), strata)
+    assert marks[50:52].sum() == 1
+    assert not marks[52]
+
+
+@pytest.mark.parametrize("total", [7, 10, 29])
+def test_a_count_is_kept_with_strata_too(total: int) -> None:
+    positions, strata = positions_of(rows_of(300)), np.arange(300) % 3
+    assert held_out(positions, Share(count=total), strata).sum() == total
+
+
+def test_folds_are_of_one_size_with_strata_too() -> None:
+    """Also when no stratum has as many rows as there are folds: none of the folds is empty."""
+    positions, strata = positions_of(rows_of(60)), np.arange(60) // 3
+    marks = np.array([held_out(positions, Share(fold=(number, 5)), strata) for number in range(1, 6)])
+    assert (marks.sum(axis=0) == 1).all()
+    assert marks.sum(axis=1).tolist() == [12] * 5
+
+
+def test_each_stratum_is_spread_over_the_folds() -> None:
+    positions, strata = positions_of(rows_of(90)), np.repeat([0, 1, 2], [60, 20, 10])
+    for number in range(1, 6):
+        marks = held_out(positions, Share(fold=(number, 5)), strata)
+        assert [marks[strata == stratum].sum() for stratum in range(3)] == [12, 4, 2]
+
+
+def test_duplicates_in_two_strata_stay_together() -> None:
+    positions = np.repeat(positions_of(rows_of(200)), 2)
+    marks = held_out(positions, Share(0.3), np.arange(400) % 2 + np.arange(400) // 200)
+    assert (marks[::2] == marks[1::2]).all()
+
+
+def test_groups_are_held_out_together_or_not_at_all(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    rows = [{"text": f"text {i}", "author": f"author {i * i % 41}"} for i in range(400)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    gathered = gather([Request(str(file))], "text", [], tmp_path / "work", group="author")
+    places = gathered.rows.column("place")
+    authors = len({row["author"] for row in rows})
+    for wanted in (Share(0.2), Share(count=90), *(Share(fold=(number, 3)) for number in (1, 2, 3))):
+        out = gathered.rows.where(held_out(places, wanted))
+        inside = {rows[kept.where.line - 1]["author"] for kept in out}
+        assert 0 < len(inside) < authors
+        assert len(out) == sum(row["author"] in inside for row in rows)
+        assert wanted.count == 0 or 60 < len(out) <= 90, "as many rows as whole groups allow"
+    counts = Counter(len(gathered.rows.where(held_out(places, Share(fold=(n, 3))))) for n in (1, 2, 3))
+    assert sum(size * times for size, times in counts.items()) == 400
 
 
 def test_copies_by_weight() -> None:

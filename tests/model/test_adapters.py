@@ -25,9 +25,21 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from llmkit.errors import ArtifactError, LlmkitError, RecipeError
-from llmkit.model.adapters import CONFIG, WEIGHTS, AdapterRules, add_adapters, merged, save_adapter
+from llmkit.model.adapter_targets import not_adapted
+from llmkit.model.adapters import (
+    BASE,
+    CONFIG,
+    WEIGHTS,
+    AdapterRules,
+    add_adapters,
+    in_four_bits,
+    merged,
+    misread_by_peft,
+    save_adapter,
+)
 from llmkit.model.anatomy import blocks_of, read_anatomy
-from llmkit.model.prefix import frozen_prefix
+from llmkit.model.prefix import frozen_prefix, prefix_digest
+from llmkit.model.quantized import numbers_in, quantized_layers, what_is_quantized
 
 KINDS = ("lora", "rslora", "dora")
 FAMILIES = ("llama", "gpt2", "bert")
@@ -49,6 +61,9 @@ OTHERS: dict[str, dict[str, Any]] = {
     "qwen2_moe": {"num_key_value_heads": 1, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
     | {"shared_expert_intermediate_size": 8},
     "mixtral": {"num_key_value_heads": 1, "num_local_experts": 2},
+    "deepseek_v3": {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8, "n_group": 1}
+    | {"topk_group": 1, "first_k_dense_replace": 1, "q_lora_rank": 8, "kv_lora_rank": 8, "v_head_dim": 8}
+    | {"qk_rope_head_dim": 4, "qk_nope_head_dim": 4},
     "falcon": {},
 }
 
@@ -140,6 +155,58 @@ def test_experts_in_one_tensor_are_no_linear_layers() -> None:
     with pytest.raises(RecipeError) as caught:
         add_adapters(build_on_meta("mixtral"), AdapterRules(targets="mlp"))
     assert "`mlp`" in str(caught.value.got)
+    assert "mlp.experts.gate_up_proj" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize(
+    ("family", "rules", "still", "expected"),
+    [
+        ("mixtral", {}, (), {"mlp.experts.gate_up_proj": 2, "mlp.experts.down_proj": 2, "mlp.gate.weight": 2}),
+        ("mixtral", {}, (0,), {"mlp.experts.gate_up_proj": 1, "mlp.experts.down_proj": 1, "mlp.gate.weight": 1}),
+        (
+            "mixtral",
+            {"blocks": "1"},
+            (),
+            {"mlp.experts.gate_up_proj": 1, "mlp.experts.down_proj": 1, "mlp.gate.weight": 1},
+        ),
+        ("mixtral", {"targets": "attention"}, (), {}),
+        ("deepseek_v3", {}, (), {"mlp.experts.gate_up_proj": 1, "mlp.experts.down_proj": 1, "mlp.gate.weight": 1}),
+        *((family, {}, (), {}) for family in (*FAMILIES, "t5", "falcon")),
+    ],
+)
+def test_what_gets_no_adapters_is_known(
+    family: str, rules: dict[str, Any], still: tuple[int, ...], expected: dict[str, int]
+) -> None:
+    model = build_on_meta(family)
+    names = {name for number in still for name in read_anatomy(model).blocks[number]}
+    found = not_adapted(model, AdapterRules(**rules), names)
+    assert found.keys() == expected.keys()
+    for path, blocks in expected.items():
+        sizes = [p.numel() for name, p in model.named_parameters() if name.endswith(f".{path}")]
+        assert found[path] == sizes[0] * blocks
+
+
+def test_layers_that_have_the_names_of_old_experts_are_adapted_themselves(tmp_path: Path) -> None:
+    """PEFT takes `gate_proj` of such a family for experts, and would put adapters beside these in its place."""
+    model, expected = adapted("deepseek_v3"), linear_layers(build_on_meta("deepseek_v3"))
+    assert adapted_layers(model) == expected
+    assert any(path.endswith("mlp.gate_proj") for path in expected)
+    other = build("deepseek_v3").eval()
+    with merged(model) as weights:
+        assert weights.keys() == other.state_dict().keys()
+        other.load_state_dict(weights)
+    torch.testing.assert_close(logits(other), logits(model), atol=1e-5, rtol=0)
+    save_adapter(model, tmp_path, "base")
+    again = build("deepseek_v3").eval()
+    add_adapters(again, AdapterRules(start=tmp_path))
+    assert torch.equal(logits(again), logits(model))
+
+
+@pytest.mark.parametrize(("family", "misread"), [("deepseek_v3", True), ("mixtral", False), ("llama", False)])
+def test_it_is_known_what_peft_would_misread(family: str, misread: bool) -> None:
+    model = build_on_meta(family)
+    add_adapters(model, AdapterRules())
+    assert misread_by_peft(model) is misread
 
 
 @pytest.mark.parametrize(
@@ -377,3 +444,127 @@ def test_an_adapter_of_another_size_is_refused(changes: dict[str, int], tmp_path
     save_adapter(adapted("llama"), tmp_path, "base")
     with pytest.raises(ArtifactError, match="does not fit"):
         add_adapters(build("llama", **changes), AdapterRules(start=tmp_path))
+
+
+def test_an_adapter_beside_experts_is_refused(tmp_path: Path) -> None:
+    save_adapter(adapted("llama"), tmp_path, "base")
+    change_config(target_parameters=["mlp.experts.down_proj"])(tmp_path)
+    with pytest.raises(ArtifactError, match="no linear layer holds") as caught:
+        add_adapters(build("llama"), AdapterRules(start=tmp_path))
+    assert "mlp.experts.down_proj" in str(caught.value.got)
+
+
+IN_FOUR_BITS = ("llama", "gpt2", "bert", "t5", "qwen2_moe", "deepseek_v3")
+
+
+@pytest.mark.parametrize("family", IN_FOUR_BITS)
+def test_what_is_merged_answers_as_the_model_in_four_bits(family: str) -> None:
+    model, plain = adapted(family, "qlora"), build(family).eval()
+    inputs = {"input_ids": IDS} | ({"decoder_input_ids": IDS} if family == "t5" else {})
+    with torch.no_grad(), merged(model) as weights:
+        expected = model(**inputs).logits
+        assert weights.keys() == plain.state_dict().keys()
+        same = {name for name, tensor in plain.state_dict().items() if torch.equal(weights[name], tensor)}
+        plain.load_state_dict(weights)
+        torch.testing.assert_close(plain(**inputs).logits, expected, atol=1e-5, rtol=0)
+    products = {f"{path}.weight" for path in linear_layers(build_on_meta(family))}
+    head = {name for name in trainable(model) if ".lora_" not in name}
+    assert same == plain.state_dict().keys() - products - head, "all else has the bits of the parent"
+    assert {tensor.dtype for tensor in weights.values()} <= {torch.float32, torch.int64, torch.bool}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_after_merging_four_bits_are_as_they_were(family: str) -> None:
+    model = adapted(family, "qlora")
+    before = {name: t.detach().clone() for name, t in [*model.named_parameters(), *model.named_buffers()]}
+    expected = logits(model)
+    with merged(model):
+        pass
+    assert same_bits({name: t.detach() for name, t in [*model.named_parameters(), *model.named_buffers()]}, before)
+    assert torch.equal(logits(model), expected)
+
+
+def test_all_blocks_are_in_four_bits_but_what_is_frozen_by_name() -> None:
+    for rules, still in (({"blocks": "1"}, ()), ({"targets": "attention"}, ()), ({}, (0,))):
+        model, parent = build("llama"), build("llama")
+        frozen = {name for number in still for name in read_anatomy(model).blocks[number]}
+        add_adapters(model, AdapterRules(name="qlora", **rules), frozen)
+        found = {path.removesuffix(".base_layer") for path in quantized_layers(model)}
+        assert found == {path for path in linear_layers(parent) if f"{path}.weight" not in frozen}
+        named = dict(model.named_parameters())
+        assert all(torch.equal(named[name], parent.get_parameter(name)) for name in frozen)
+
+
+@pytest.mark.parametrize("family", IN_FOUR_BITS)
+def test_four_bits_on_the_meta_device_take_what_they_really_take(family: str) -> None:
+    real, empty = build(family), build_on_meta(family)
+    for model in (real, empty):
+        add_adapters(model, AdapterRules(name="qlora", rank=4))
+    shapes = [[(n, t.shape, t.dtype) for n, t in [*m.named_parameters(), *m.named_buffers()]] for m in (real, empty)]
+    assert [row for row in shapes[0] if "scales_code" not in row[0]] == [
+        row for row in shapes[1] if "scales_code" not in row[0]
+    ], "but for a table that real layers share"
+    assert numbers_in(empty) == numbers_in(build(family)) + sum(
+        p.numel() for n, p in empty.named_parameters() if ".lora_" in n
+    )
+    assert what_is_quantized(empty).bytes == what_is_quantized(real).bytes
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_peft_loads_what_was_saved_on_top_of_four_bits(family: str, tmp_path: Path) -> None:
+    model = adapted(family, "qlora")
+    save_adapter(model, tmp_path, "the/base")
+    assert {path.name for path in tmp_path.iterdir()} == {WEIGHTS, CONFIG, BASE}
+    base = build(family)
+    for path, layer in quantized_layers(model).items():
+        base.get_submodule(path.removesuffix(".base_layer")).weight.data = layer.original()
+    found = PeftModel.from_pretrained(base, tmp_path).eval()
+    torch.testing.assert_close(logits(found), logits(model), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_adapter_goes_on_on_top_of_four_bits_where_it_was_so(family: str, tmp_path: Path) -> None:
+    model = adapted(family, "qlora", blocks="1")
+    save_adapter(model, tmp_path, "base")
+    again = build(family).eval()
+    add_adapters(again, AdapterRules(start=tmp_path))
+    assert in_four_bits(AdapterRules(start=tmp_path))
+    assert same_bits(trainable(again), trainable(model))
+    assert torch.equal(logits(again), logits(model))
+
+
+def test_what_peft_made_goes_on_on_top_of_four_bits_when_it_is_asked_for(tmp_path: Path) -> None:
+    made_by_peft(tmp_path, inference=False)
+    assert not in_four_bits(AdapterRules(start=tmp_path))
+    model = build("llama")
+    add_adapters(model, AdapterRules(name="qlora", start=tmp_path))
+    assert len(quantized_layers(model)) == len(linear_layers(build("llama")))
+    assert {path.rpartition(".")[2] for path in adapted_layers(model)} == {"q_proj", "v_proj"}
+
+
+def test_dora_on_top_of_four_bits_is_refused(tmp_path: Path) -> None:
+    made_by_peft(tmp_path, inference=False, use_dora=True)
+    with pytest.raises(RecipeError, match="DoRA") as caught:
+        add_adapters(build("llama"), AdapterRules(name="qlora", start=tmp_path))
+    assert caught.value.where == "adapter.start"
+
+
+@pytest.mark.parametrize("build_it", [build, build_on_meta])
+def test_a_model_with_nothing_to_hold_in_four_bits_is_refused(build_it: Callable[[str], Any]) -> None:
+    with pytest.raises(RecipeError, match="nothing to hold in 4 bits") as caught:
+        add_adapters(build_it("falcon"), AdapterRules(name="qlora"))
+    assert "FalconLinear" in str(caught.value.got)
+
+
+def test_states_below_other_four_bits_have_another_key() -> None:
+    """Weights twice as large have the same codes, and scales twice as large."""
+    digests = []
+    for factor in (1, 2, 1):
+        model = build("llama")
+        with torch.no_grad():
+            for path in linear_layers(model):
+                model.get_submodule(path).weight *= factor
+        add_adapters(model, AdapterRules(name="qlora", blocks="1"))
+        assert frozen_prefix(model) == 1
+        digests.append(prefix_digest(model, 1))
+    assert digests[0] == digests[2] != digests[1]

@@ -154,7 +154,7 @@ def test_a_misspelt_key_is_told_with_its_line_and_the_nearest_key(tmp_path: Path
         ("data.eval=100%", "data.eval", "'100%'", "below 100%", None),
         ("data.eval=0.05", "data.eval", "0.05", "`5%`", None),
         ("freeze.blocks=[0, 1]", "freeze.blocks", "[0, 1]", "`0-3,8`", None),
-        ("data.filters=[lenght]", "data.filters.0", "'lenght'", "length, duplicates", "did you mean `length`?"),
+        ("data.filters=[lenght]", "data.filters.0", "'lenght'", "length", "did you mean `length`?"),
         ("data.format=aplaca", "data.format", "'aplaca'", "one of", "did you mean `alpaca`?"),
         ("data.columns={text:foo}", "data.columns.text:foo", "nothing", "text", "a space after the colon"),
         ("data.train=[{weight: 2}]", "data.train.0.uri", None, "a value for it", None),

@@ -32,8 +32,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from llmkit.data.corpus import Corpus
-from llmkit.model.adapters import WEIGHTS, AdapterRules, add_adapters, save_adapter
+from llmkit.model.adapters import WEIGHTS, AdapterRules, add_adapters, merged, save_adapter
 from llmkit.model.prefix import frozen_prefix
+from llmkit.model.quantized import quantized_layers
 from llmkit.train.loop import Fit
 
 _one_thread = pytest.fixture(autouse=True)(one_thread)
@@ -108,6 +109,27 @@ def test_training_moves_adapters_and_new_heads_alone(
     assert same_bits(still, base), "as they were before adapters came"
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
+def test_training_moves_no_code_and_no_scale_of_four_bits(
+    family: str, precision: str, build_fit: Callable[..., Fit]
+) -> None:
+    fit = build_fit("fit", family, rules={"name": "qlora"}, precision=precision, weight_decay=0.1, eval_every=2)
+    before = weights_of(fit) | {name: buffer.clone() for name, buffer in fit.model.named_buffers()}
+    fit.run([])
+    after = weights_of(fit) | dict(fit.model.named_buffers())
+    assert {name for name in before if not torch.equal(before[name], after[name])} == set(trainable(fit.model))
+    parent = {name: p.detach() for name, p in build(family).named_parameters()}
+    with fit.masters.in_full() as model, merged(model) as weights:
+        moved = {name for name, tensor in parent.items() if not torch.equal(weights[name], tensor)}
+        layers = {path.removesuffix(".base_layer") + ".weight" for path in quantized_layers(model)}
+        assert moved == layers | {name for name in trainable(model) if ".lora_" not in name}
+        expected = logits(model.eval())
+        other = build(family).eval()
+        other.load_state_dict(weights)
+    torch.testing.assert_close(logits(other), expected, atol=1e-5, rtol=0)
+
+
 def test_the_optimizer_keeps_state_for_adapters_alone(build_fit: Callable[..., Fit]) -> None:
     fit = build_fit("fit")
     fit.run([])
@@ -118,7 +140,7 @@ def test_the_optimizer_keeps_state_for_adapters_alone(build_fit: Callable[..., F
     assert held == 2 * sum(p.numel() for p in trainable(fit.model).values())
 
 
-@pytest.mark.parametrize("kind", ["lora", "dora"])
+@pytest.mark.parametrize("kind", ["lora", "dora", "qlora"])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_packed_losses_and_gradients_are_those_of_single_examples(
     family: str, kind: str, build_fit: Callable[..., Fit]
@@ -132,7 +154,16 @@ def test_packed_losses_and_gradients_are_those_of_single_examples(
     check((loss, found), gradients_by_hand(fit.model, fit.train, numbers))
 
 
-@pytest.mark.parametrize("way", [{}, {"dropout": 0.2}, {"name": "dora", "precision": "bf16"}])
+@pytest.mark.parametrize(
+    "way",
+    [
+        {},
+        {"dropout": 0.2},
+        {"name": "dora", "precision": "bf16"},
+        {"name": "qlora", "dropout": 0.2},
+        {"name": "qlora", "precision": "bf16"},
+    ],
+)
 def test_killed_and_resumed_ends_with_the_same_bits(way: dict[str, Any], build_fit: Callable[..., Fit]) -> None:
     rules = {key: value for key, value in way.items() if key != "precision"}
     given = {"rules": rules, "precision": way.get("precision", "fp32"), "save_every": 1, "eval_every": 2}
@@ -154,7 +185,9 @@ def test_killed_and_resumed_ends_with_the_same_bits(way: dict[str, Any], build_f
     assert (facts_of(again.state), log_of(again)) == (facts_of(whole.state), log_of(whole))
 
 
-@pytest.mark.parametrize(("family", "kind"), [("llama", "lora"), ("gpt2", "dora"), ("bert", "lora")])
+@pytest.mark.parametrize(
+    ("family", "kind"), [("llama", "lora"), ("gpt2", "dora"), ("bert", "lora"), ("llama", "qlora"), ("llama", "below")]
+)
 def test_above_a_known_prefix_losses_are_those_without(
     family: str, kind: str, build_fit: Callable[..., Fit], tmp_path: Path
 ) -> None:
@@ -164,7 +197,8 @@ def test_above_a_known_prefix_losses_are_those_without(
         return [*recorder.of("loss"), *(loss for _, loss in recorder.evaluations)]
 
     def make(name: str) -> Fit:
-        fit = build_fit(name, family, depth=1, rules={"name": kind}, eval_every=3)
+        rules = {"name": kind} if kind != "below" else {"name": "qlora", "blocks": "1"}  # so that the prefix has 4 bits
+        fit = build_fit(name, family, depth=kind != "below", rules=rules, eval_every=3)
         fit.frozen_dropout = False
         assert frozen_prefix(fit.model) == 1
         return fit

@@ -2,24 +2,53 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Mapping, Sequence
-from types import NoneType
-from typing import Any, Protocol, get_args, get_type_hints
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
 
-from llmkit.catalog import resolve
-from llmkit.errors import Problem, RecipeError, did_you_mean
+from llmkit.data.filters.comparison import Comparison
+from llmkit.data.own_code import OwnCode
+from llmkit.data.specs import build_all, files_of_specs
 
-_WHERE = "data.filters"
-_TYPE_WORDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false", NoneType: "null"}
+__all__ = ["Comparison", "Filter", "build_filters", "clean_texts", "filter_files", "map_texts", "row_text"]
+
+Spec = str | Mapping[str, Mapping[str, Any]]
+EMPTY = "no text is left"
+_PLAIN = {"role", "content"}
+_EXAMPLE = "{length: {min_chars: 20}}"
+_ANSWERS = "the row, True to keep it, False to take it out, or the reason as text"
 
 
 class Filter(Protocol):
-    """What a filter is: called with each canonical row in turn; it may remember what it saw."""
+    """What a filter is: called with each canonical row; its answer depends on that row alone.
+
+    `counts`, on filters that change rows, is what they changed so far, by kind; `secret`, on those that look for what
+    must not be seen, says that rows they took out are not to be shown. Reasons say nothing of the row's content.
+    """
+
+    counts: Counter[str]
+    secret: bool = False
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any] | str:
-        """The row (the same or changed), or the reason for taking it out."""
+        """The row (the same or a changed copy), or the reason for taking it out."""
         ...
+
+
+def build_filters(specs: Sequence[Spec]) -> list[tuple[str, Filter]]:
+    """The filters that a recipe names, in its order: `duplicates`, or `{length: {min_chars: 20}}` with options.
+
+    `path.py:name` is the user's own: a function, or a class with options, whose answer is the row, True to keep it, False
+    to take it out, or the reason for that. Nothing else is an answer, None neither: most often it is a forgotten `return`.
+
+    Raises RecipeError, with every mistake there is, for names, options and values that no filter takes.
+    """
+    return build_all("filter", specs, "data.filters", _EXAMPLE, _OwnFilter)
+
+
+def filter_files(specs: Sequence[Spec]) -> list[Path]:
+    """The files whose content decides what the filters do: the user's own code, and lists of words."""
+    return files_of_specs(specs)
 
 
 def row_text(row: Mapping[str, Any]) -> str:
@@ -29,63 +58,59 @@ def row_text(row: Mapping[str, Any]) -> str:
     return str(row["text"])
 
 
-def build_filters(specs: Sequence[str | Mapping[str, Mapping[str, Any]]]) -> list[tuple[str, Filter]]:
-    """The filters that a recipe names, in its order: `duplicates`, or `{length: {min_chars: 20}}` with options.
+def map_texts(row: dict[str, Any], change: Callable[[str], str], deep: bool = False) -> dict[str, Any]:
+    """The row with its text, or each message's content, changed: the same row when nothing changes, else a copy.
 
-    Raises RecipeError, with every mistake there is, for names, options and values that no filter takes.
+    With `deep`, all other strings of the messages (calls of tools, thoughts) and of the tools too, but for roles.
     """
-    built: list[tuple[str, Filter]] = []
-    problems: list[Problem] = []
-    for at, spec in enumerate(specs):
-        try:
-            built.append(_build(spec, f"{_WHERE}[{at}]"))
-        except RecipeError as error:
-            problems += error.problems
-    if problems:
-        first = problems[0]
-        raise RecipeError(
-            first.what, got=first.got, expected=first.expected, hint=first.hint, where=first.where, problems=problems
-        )
-    return built
+    if "messages" not in row:
+        text = change(row["text"])
+        return row if text == row["text"] else {**row, "text": text}
+    messages = [{**message, "content": change(message["content"])} for message in row["messages"]]
+    changed = {**row, "messages": messages}
+    if deep:
+        rest = [{key: _mapped(message[key], change) for key in message.keys() - _PLAIN} for message in row["messages"]]
+        changed["messages"] = [{**message, **more} for message, more in zip(messages, rest, strict=True)]
+        changed |= {key: _mapped(row[key], change) for key in row.keys() & {"tools"}}
+    return row if changed == row else changed
 
 
-def _build(spec: Any, where: str) -> tuple[str, Filter]:
-    name: Any
-    options: Any
-    if isinstance(spec, str):
-        name, options = spec, {}
-    elif isinstance(spec, Mapping) and len(spec) == 1:
-        name, options = next(iter(spec.items()))
-        options = {} if options is None else options
-    else:
-        name, options = "", None
-    if not isinstance(name, str) or not isinstance(options, Mapping):
-        expected = "a name, or one name with its options: {length: {min_chars: 20}}"
-        raise RecipeError("a filter is not described as filters are", got=spec, expected=expected, where=where)
-    kind = resolve("filter", name, where=where)
-    _check_options(kind, name, options, f"{where}.{name}")
-    try:
-        return name, kind(**options)
-    except ValueError as error:
-        raise RecipeError(f"the filter `{name}` cannot be built", got=error, where=f"{where}.{name}") from None
+def clean_texts(row: dict[str, Any], change: Callable[[str], str]) -> dict[str, Any] | str:
+    """`map_texts`, or a reason when a text that is needed is blank then."""
+    changed = map_texts(row, change)
+    if changed is row:
+        return row
+    if "messages" not in changed:
+        return changed if changed["text"].strip() else EMPTY
+    turns = (turn for turn in changed["messages"] if turn["role"] in ("user", "assistant"))
+    return EMPTY if any(not turn["content"].strip() and not turn.get("tool_calls") for turn in turns) else changed
 
 
-def _check_options(kind: type, name: str, options: Mapping[str, Any], where: str) -> None:
-    known = list(inspect.signature(kind).parameters)
-    hints = get_type_hints(vars(kind).get("__init__"))
-    problems: list[Problem] = []
-    for option, value in options.items():
-        if option not in known:
-            expected = "one of " + ", ".join(known) if known else "no options"
-            hint = did_you_mean(str(option), known)
-            problems.append(
-                Problem(f"the filter `{name}` has no option `{option}`", str(option), expected, hint, where)
-            )
-            continue
-        types = get_args(hints[option]) or (hints[option],)
-        if type(value) not in types:
-            expected = " or ".join(_TYPE_WORDS.get(each, each.__name__) for each in types)
-            what = f"the option `{option}` of the filter `{name}` has the wrong type"
-            problems.append(Problem(what, repr(value), expected, None, f"{where}.{option}"))
-    if problems:
-        raise RecipeError(problems[0].what, problems=problems)
+def _mapped(value: Any, change: Callable[[str], str]) -> Any:
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {key: _mapped(item, change) for key, item in value.items()}
+    return [_mapped(item, change) for item in value] if isinstance(value, list) else value
+
+
+class _OwnFilter:
+    """A filter of the user's own."""
+
+    def __init__(self, code: OwnCode) -> None:
+        self._code = code
+        self.secret = bool(getattr(code.found, "secret", False))
+        counts = getattr(code.found, "counts", None)
+        self.counts: Counter[str] = counts if isinstance(counts, Counter) else Counter()
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any] | str:
+        answer = self._code(row)
+        if answer is True:
+            return row
+        if answer is False:
+            return "rejected"
+        if isinstance(answer, str):
+            if not answer.strip():
+                raise self._code.wrong("a reason without words", _ANSWERS)
+            return answer
+        return self._code.checked_row(answer, row, _ANSWERS)
