@@ -21,9 +21,11 @@ _LONG_WINDOW = 12  # tokens, to look within longer examples: shorter runs of wor
 _COMMON = 3  # examples, at least, whose windows tell nothing
 _COMMON_HELD_OUT = 0.01  # and this share of the held-out ones
 _COMMON_LEARNT = 0.1  # or this share of those that are learnt
+_PARTS_LOOKED_AT = 8  # of the training data, to learn what is common there
 _SHOWN = 20
-_BITS = 24
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
+_BASE = np.uint64(0x100000001B3)
+_INVERSE = np.uint64(pow(0x100000001B3, -1, 1 << 64))
 
 
 @dataclass
@@ -44,161 +46,205 @@ def find_leaks(
 
     `within` counts a training example as near when it holds a held-out one, and not only when both are alike.
     """
-    long = _Index(held_out, train, column, _LONG_WINDOW)
-    index = long if within else _Index(held_out, train, column, _WINDOW)
     total = sum(map(len, train))
     leaks = Leaks(np.zeros(total, bool), np.zeros(total, bool), np.zeros(total, bool))
     contents = np.concatenate([np.zeros(0, np.uint64), *(example_hashes(part, column) for part in held_out)])
+    widths = [_LONG_WINDOW] if within else [_LONG_WINDOW, _WINDOW]
+    indexes = _index(held_out, train, column, contents, widths)
     before = 0
     for part in train:
         mine = slice(before, before + len(part))
         leaks.same[mine] = np.isin(example_hashes(part, column), contents)
-        leaks.passages[mine] = long.passages(part)
-        for example, other, alike in index.near(part, within=within):
+        met = _met(part, column, indexes)
+        leaks.passages[mine] = indexes[0].passages(met[0])
+        for example, other, alike in indexes[-1].near(met[-1], within=within):
             leaks.near[before + example] = True
             if len(leaks.shown) < _SHOWN:
                 leaks.shown.append((before + example, other, alike))
         before += len(part)
-    leaks.held_out_covered = long.covered()
+    leaks.held_out_covered = indexes[0].covered()
     return leaks
 
 
+@dataclass(frozen=True)
+class _Windows:
+    """The windows of a part: their hashes and the example that each is of, (W,), and where examples start, (N + 1,)."""
+
+    hashes: np.ndarray
+    owners: np.ndarray
+    starts: np.ndarray
+
+
+@dataclass(frozen=True)
+class _Met:
+    """The windows of a part that are in an index: `places` among the part's, ascending, and `numbers` in the index."""
+
+    windows: _Windows
+    places: np.ndarray
+    numbers: np.ndarray
+
+    def pairs(self, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """Each example with each window that it has, of an index of `count` windows, once."""
+        codes = _distinct(self.windows.owners[self.places] * count + self.numbers)
+        examples, numbers = np.divmod(codes, max(count, 1))
+        return examples, numbers
+
+
+def _index(
+    held_out: Sequence[Corpus], train: Sequence[Corpus], column: str, contents: np.ndarray, widths: Sequence[int]
+) -> list[_Index]:
+    """The windows of the held-out examples, an index for each width; it is noted which tell nothing."""
+    found: list[list[_Windows]] = [_windows(part, column, widths) for part in held_out]
+    _, firsts, same = np.unique(contents, return_index=True, return_inverse=True)
+    first_same = firsts[same] if len(contents) else np.zeros(0, np.int64)
+    indexes = [_Index([windows[at] for windows in found], first_same, width) for at, width in enumerate(widths)]
+    step = max(1, len(train) // _PARTS_LOOKED_AT)
+    looked_at = train[::step]
+    for part in looked_at:
+        for index, met in zip(indexes, _met(part, column, indexes), strict=True):
+            index.count_learnt(met)
+    for index in indexes:
+        index.settle(len(firsts), sum(map(len, looked_at)))
+    return indexes
+
+
 class _Index:
-    """The windows of the held-out examples, without those that many examples of either side have.
+    """The windows of the held-out examples, sorted by hash; of examples that are the same, only of the first."""
 
-    Held-out examples that are the same count as one. Pairs of a window's hash and its example are sorted by the hash.
-    """
+    def __init__(self, parts: Sequence[_Windows], first_same: np.ndarray, width: int) -> None:
+        self.width = width
+        self._same = first_same
+        starts = np.cumsum([0, *(len(part.starts) - 1 for part in parts)])
+        owners = [part.owners + start for part, start in zip(parts, starts, strict=False)]
+        hashes = np.concatenate([np.zeros(0, np.uint64), *(part.hashes for part in parts)])
+        owner = np.concatenate([np.zeros(0, np.int64), *owners])
+        own = first_same[owner] == owner
+        hashes, owner = hashes[own], owner[own]
+        order = np.lexsort((owner, hashes))
+        hashes, owner = hashes[order], owner[order]
+        new = np.ones(len(hashes), bool)
+        new[1:] = (hashes[1:] != hashes[:-1]) | (owner[1:] != owner[:-1])
+        hashes, self._owners = hashes[new], owner[new]
+        firsts = np.flatnonzero(np.concatenate([[True], hashes[1:] != hashes[:-1]])[: len(hashes)])
+        self.hashes = hashes[firsts]
+        self._starts = np.append(firsts, len(hashes))  # of each window's owners
+        self._common = np.zeros(len(self.hashes), bool)
+        self._learnt = np.zeros(len(self.hashes), np.int64)
+        self._seen = np.zeros(len(self.hashes), bool)
+        self._bits = np.uint64(64 - min(27, max(12, len(self.hashes).bit_length() + 3)))
+        self._maybe = np.zeros(1 << (64 - int(self._bits)), bool)
+        self._maybe[self.hashes >> self._bits] = True
 
-    def __init__(self, held_out: Sequence[Corpus], train: Sequence[Corpus], column: str, width: int) -> None:
-        self._column, self._width = column, width
-        hashes, owners, before = [np.zeros(0, np.uint64)], [np.zeros(0, np.int64)], 0
-        for part in held_out:
-            found, owner, _ = _windows(part, column, width)
-            hashes.append(found)
-            owners.append(owner + before)
-            before += len(part)
-        contents = np.concatenate([np.zeros(0, np.uint64), *(example_hashes(part, column) for part in held_out)])
-        _, firsts, same = np.unique(contents, return_index=True, return_inverse=True)
-        self._same = firsts[same]  # for each held-out example the first that is equal to it
-        owner = self._same[np.concatenate(owners)] if before else np.concatenate(owners)
-        pairs = np.unique(np.stack([np.concatenate(hashes), owner.astype(np.uint64)], axis=1), axis=0)
-        self._keep(pairs, np.zeros(0, np.uint64))
-        values, counts = np.unique(pairs[:, 0], return_counts=True)
-        learnt = np.zeros(len(values), np.int64)
-        for part in train:
-            places, _, _ = self._met(part)
-            learnt += np.bincount(np.searchsorted(values, self._hashes[places]), minlength=len(values))
-        many = counts > max(_COMMON, _COMMON_HELD_OUT * len(firsts))
-        many |= learnt > max(_COMMON, _COMMON_LEARNT * sum(map(len, train)))
-        self._keep(pairs[~np.isin(pairs[:, 0], values[many])], values[many])
-        self._seen = np.zeros(len(self._hashes), bool)
+    def count_learnt(self, met: _Met) -> None:
+        """Takes in which windows training examples have."""
+        _, numbers = met.pairs(len(self.hashes))
+        self._learnt += np.bincount(numbers, minlength=len(self.hashes))
 
-    def _keep(self, pairs: np.ndarray, common: np.ndarray) -> None:
-        self._hashes, self._owners = pairs[:, 0].copy(), pairs[:, 1].astype(np.int64)
-        self._common = common
-        self._windows_of = np.bincount(self._owners, minlength=len(self._same))
-        self._maybe, self._maybe_common = _bitmap(self._hashes), _bitmap(self._common)
+    def settle(self, held_out: int, learnt: int) -> None:
+        """Decides which windows tell nothing, by the numbers of different examples that were looked at."""
+        self._common = np.diff(self._starts) > max(_COMMON, _COMMON_HELD_OUT * held_out)
+        self._common |= self._learnt > max(_COMMON, _COMMON_LEARNT * learnt)
+        telling = np.repeat(~self._common, np.diff(self._starts))
+        self._windows_of = np.bincount(self._owners[telling], minlength=len(self._same))
 
-    def _met(self, part: Corpus) -> tuple[np.ndarray, np.ndarray, tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """The windows that are met in a part, each once an example: their first places in the index, and the examples."""
-        hashes, owner, starts = _windows(part, self._column, self._width)
-        hits = _members(hashes, self._hashes, self._maybe)
-        places = np.searchsorted(self._hashes, hashes[hits])
-        codes = np.unique(owner[hits] * max(len(self._hashes), 1) + places)
-        examples, places = np.divmod(codes, max(len(self._hashes), 1))
-        return places, examples, (hashes, owner, starts)
+    def meet(self, windows: _Windows) -> _Met:
+        """Looks a part's windows up; a table of bits rules most of the others out."""
+        places = np.flatnonzero(self._maybe[windows.hashes >> self._bits])
+        asked = windows.hashes[places]
+        order = np.argsort(asked)  # so that the search walks through memory in one direction
+        numbers = np.empty(len(asked), np.int64)
+        numbers[order] = np.searchsorted(self.hashes, asked[order])
+        found = self.hashes[np.minimum(numbers, len(self.hashes) - 1)] == asked if len(self.hashes) else asked != asked
+        return _Met(windows, places[found], numbers[found])
 
-    def passages(self, part: Corpus) -> np.ndarray:
+    def passages(self, met: _Met) -> np.ndarray:
         """Which of a part's examples share a long passage with a held-out one, shape (N,); notes which windows were met."""
-        found = np.zeros(len(part), bool)
-        hashes, owner, _ = _windows(part, self._column, self._width)
-        hits = _members(hashes, self._hashes, self._maybe)
-        self._see(hashes[hits])
-        shared = np.zeros(len(hashes), np.int8)
-        shared[_members(hashes, self._common, self._maybe_common)] = 1  # goes with a passage, and makes none
-        shared[hits] = 2
-        places = np.flatnonzero(shared)
-        if len(places):
-            breaks = (np.diff(places) != 1) | (np.diff(owner[places]) != 0)
+        found = np.zeros(len(met.windows.starts) - 1, bool)
+        self._seen[met.numbers] = True
+        if len(met.places):
+            owners = met.windows.owners[met.places]
+            breaks = (np.diff(met.places) != 1) | (np.diff(owners) != 0)
             run = np.concatenate([[0], np.cumsum(breaks)])
-            lengths, own = np.bincount(run), np.bincount(run, shared[places] == 2)
-            least = PASSAGE - self._width + 1
+            lengths, own = np.bincount(run), np.bincount(run, ~self._common[met.numbers])
+            least = PASSAGE - self.width + 1  # windows; common ones go with a passage, and make none
             long = (own >= least) | ((lengths >= least) & (own * 2 >= lengths))
-            found[owner[places[long[run]]]] = True
+            found[owners[long[run]]] = True
         return found
 
-    def near(self, part: Corpus, *, within: bool) -> list[tuple[int, int, float]]:
+    def near(self, met: _Met, *, within: bool) -> list[tuple[int, int, float]]:
         """The examples of a part that are nearly a held-out one, with the one that each is most like, and how much."""
-        places, examples, (hashes, _, starts) = self._met(part)
-        counts = (
-            np.searchsorted(self._hashes, self._hashes[places], side="right") - places
-        )  # held-out ones with a window
-        spread = np.repeat(places - np.cumsum(counts) + counts, counts) + np.arange(counts.sum())
-        pairs, shared = np.unique(
-            np.repeat(examples, counts) * len(self._same) + self._owners[spread], return_counts=True
-        )
-        example_of, other_of = np.divmod(pairs, max(len(self._same), 1))
+        examples, numbers = met.pairs(len(self.hashes))
+        telling = ~self._common[numbers]
+        examples, numbers = examples[telling], numbers[telling]
+        counts = self._starts[numbers + 1] - self._starts[numbers]  # held-out examples with a window
+        spread = np.repeat(self._starts[numbers] - np.cumsum(counts) + counts, counts) + np.arange(counts.sum())
+        codes = np.sort(np.repeat(examples, counts) * max(len(self._same), 1) + self._owners[spread])
+        firsts = np.flatnonzero(np.concatenate([[True], codes[1:] != codes[:-1]])[: len(codes)])
+        shared = np.diff(np.append(firsts, len(codes)))
+        example_of, other_of = np.divmod(codes[firsts], max(len(self._same), 1))
         promising = np.flatnonzero(shared >= NEAR * self._windows_of[other_of])  # which both measures ask for
         best: dict[int, tuple[int, float]] = {}
         for pair in promising.tolist():
             example, other, common = int(example_of[pair]), int(other_of[pair]), int(shared[pair])
-            own = common if within else self._own(hashes[starts[example] : starts[example + 1]])
+            own = common if within else self._own(met.windows, example)
             alike = common / (own + self._windows_of[other] - common)
             if alike >= NEAR and alike > best.get(example, (0, 0.0))[1]:
                 best[example] = (other, float(alike))
         return [(example, *found) for example, found in sorted(best.items())]
 
-    def _own(self, windows: np.ndarray) -> int:
-        """How many different windows tell something."""
-        windows = np.unique(windows)
-        return int(np.sum(~np.isin(windows, self._common)))
+    def _own(self, windows: _Windows, example: int) -> int:
+        """How many different windows of an example tell something."""
+        mine = _distinct(windows.hashes[windows.starts[example] : windows.starts[example + 1]])
+        places = np.minimum(np.searchsorted(self.hashes, mine), len(self.hashes) - 1)
+        return int(np.sum(~(self._common[places] & (self.hashes[places] == mine))))
 
     def covered(self) -> int:
         """How many held-out examples have nearly all their windows among those that were met."""
-        seen = np.bincount(self._owners[self._seen], minlength=len(self._same))
+        met = np.repeat(self._seen & ~self._common, np.diff(self._starts))
+        seen = np.bincount(self._owners[met], minlength=len(self._same))
         full = (seen >= NEAR * self._windows_of) & (self._windows_of > 0)
         return int(np.sum(full[self._same]))
 
-    def _see(self, hashes: np.ndarray) -> None:
-        found = np.unique(hashes)
-        low, high = np.searchsorted(self._hashes, found), np.searchsorted(self._hashes, found, side="right")
-        marks = np.zeros(len(self._hashes) + 1, np.int64)
-        np.add.at(marks, low, 1)
-        np.add.at(marks, high, -1)
-        self._seen |= np.cumsum(marks)[:-1] > 0
+
+def _met(part: Corpus, column: str, indexes: Sequence[_Index]) -> list[_Met]:
+    """What the indexes have of a part."""
+    windows = _windows(part, column, [index.width for index in indexes])
+    return [index.meet(mine) for index, mine in zip(indexes, windows, strict=True)]
 
 
-def _windows(corpus: Corpus, column: str, width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The hash of each window, the example that it is of, and where each example's windows start, shape (N + 1,)."""
+def _windows(corpus: Corpus, column: str, widths: Sequence[int]) -> list[_Windows]:
+    """The windows of each width: polynomials of their tokens, as differences of one running sum, modulo 2**64."""
     lengths = corpus.lengths(column)
-    counts = np.maximum(lengths - width + 1, 0)
-    starts = np.concatenate([[0], np.cumsum(counts)])
-    tokens = np.asarray(corpus.values(column)).astype(np.uint64)
-    if len(tokens) < width:
-        return np.zeros(0, np.uint64), np.zeros(0, np.int64), starts
-    tokens = (tokens + np.uint64(1)) * _MULTIPLIER
+    tokens = (np.asarray(corpus.values(column)).astype(np.uint64) + np.uint64(1)) * _MULTIPLIER
     tokens ^= tokens >> np.uint64(29)
-    hashes = np.zeros(len(tokens) - width + 1, np.uint64)
-    for place in range(width):
-        hashes = hashes * np.uint64(0x100000001B3) + tokens[place : place + len(hashes)]
-    hashes ^= hashes >> np.uint64(32)
-    hashes *= _MULTIPLIER
+    sums = np.zeros(len(tokens) + 1, np.uint64)
+    np.cumsum(tokens * _powers(_INVERSE, len(tokens)), out=sums[1:])
+    powers = _powers(_BASE, len(tokens))
     ends = np.cumsum(lengths)
-    inside = np.ones(len(tokens), bool)  # windows that begin in the last tokens of an example reach into the next
-    for back in range(1, width):
-        inside[np.maximum(ends - back, 0)[lengths >= back]] = False
-    owner = np.repeat(np.arange(len(lengths)), counts)
-    return hashes[inside[: len(hashes)]], owner, starts
+    found = []
+    for width in widths:
+        counts = np.maximum(lengths - width + 1, 0)
+        windows = max(len(tokens) - width + 1, 0)
+        hashes = (sums[width : width + windows] - sums[:windows]) * powers[:windows]
+        hashes ^= hashes >> np.uint64(32)
+        hashes *= _MULTIPLIER
+        hashes ^= hashes >> np.uint64(29)
+        inside = np.ones(len(tokens), bool)  # windows that begin in the last tokens of an example reach into the next
+        for back in range(1, width):
+            inside[np.maximum(ends - back, 0)[lengths >= back]] = False
+        owners = np.repeat(np.arange(len(lengths)), counts)
+        found.append(_Windows(hashes[inside[:windows]], owners, np.concatenate([[0], np.cumsum(counts)])))
+    return found
 
 
-def _bitmap(hashes: np.ndarray) -> np.ndarray:
-    marks = np.zeros(1 << _BITS, bool)
-    marks[hashes >> np.uint64(64 - _BITS)] = True
-    return marks
+def _powers(base: np.uint64, count: int) -> np.ndarray:
+    """1, base, base**2, ... modulo 2**64."""
+    powers = np.full(count, base)
+    powers[:1] = 1
+    return np.cumprod(powers)
 
 
-def _members(hashes: np.ndarray, known: np.ndarray, maybe: np.ndarray) -> np.ndarray:
-    """The places of hashes that are among the known ones, which are sorted; `maybe` rules most of the others out."""
-    places = np.flatnonzero(maybe[hashes >> np.uint64(64 - _BITS)])
-    found = np.searchsorted(known, hashes[places])
-    return places[known[np.minimum(found, len(known) - 1)] == hashes[places]] if len(known) else places[:0]
+def _distinct(values: np.ndarray) -> np.ndarray:
+    """The different values, ascending."""
+    ordered = np.sort(values)
+    return ordered[np.concatenate([[True], ordered[1:] != ordered[:-1]])[: len(ordered)]]

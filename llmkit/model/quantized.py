@@ -53,6 +53,7 @@ def quantize_layers(model: Any, paths: Sequence[str]) -> tuple[str, ...]:
             setattr(model.get_submodule(parent), name, held(layer).train(layer.training))
         else:
             left.append(path)
+    _let_go_of_files(model)
     return tuple(left)
 
 
@@ -113,6 +114,13 @@ def numbers_in(module: Any) -> int:
         if is_quantized(layer)
     )
     return packed + sum(p.numel() for p in module.parameters())
+
+
+def _let_go_of_files(model: Any) -> None:
+    """Copies what is not held in 4 bits: a file is mapped into memory as a whole for as long as one tensor of it is used."""
+    for module in model.modules():
+        for tensor in [*module.parameters(False), *module.buffers(False)] if not is_quantized(module) else ():
+            tensor.data = tensor.data.clone()
 
 
 def _stays_in_fp32(model: Any, path: str) -> bool:

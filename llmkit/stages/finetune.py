@@ -30,6 +30,7 @@ from llmkit.stages.base import (
 from llmkit.stages.evaluate import scoring_for
 from llmkit.stages.job import TrainingJob
 from llmkit.stages.training import train_and_save
+from llmkit.train.allocator import give_back_freed_memory
 from llmkit.train.state import seed_everything
 
 # Peak rates for a parent that does not record its own. Text and chat: the rate at which Ouyang et al. (InstructGPT,
@@ -138,6 +139,7 @@ def with_adapters(job: TrainingJob) -> TrainingJob:
     if misread_by_peft(job.model):
         note("PEFT takes layers of this family for experts: read the adapter alone with `adapter.start`, not with PEFT")
     if in_four_bits(rules):
+        give_back_freed_memory()
         held = what_is_quantized(job.model)
         note(
             f"{held.layers} linear layers are held in 4 bits (NF4): {held.bytes / 2**20:,.1f} MiB in place of "
