@@ -129,7 +129,8 @@ def quieten_libraries(*, verbose: bool) -> None:
     warnings.simplefilter("ignore")
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    logging.getLogger("accelerate").setLevel(logging.ERROR)
+    for name in ("accelerate", "bitsandbytes"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def open_run(path: Path, recipe: Recipe, reporter: Reporter, *, lead: bool) -> Run:
