@@ -7,12 +7,14 @@ share are what a template writes, or a common phrase, and tell nothing.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from llmkit.data.corpus import Corpus
 from llmkit.data.differences import example_hashes
+from llmkit.data.workers import cores
 
 NEAR = 0.8  # of the windows of two examples that both have (Jaccard index), or of the held-out one's when it is within
 PASSAGE = 32  # tokens in a row in common
@@ -51,17 +53,22 @@ def find_leaks(
     contents = np.concatenate([np.zeros(0, np.uint64), *(example_hashes(part, column) for part in held_out)])
     widths = [_LONG_WINDOW] if within else [_LONG_WINDOW, _WINDOW]
     indexes = _index(held_out, train, column, contents, widths)
-    before = 0
-    for part in train:
-        mine = slice(before, before + len(part))
-        leaks.same[mine] = np.isin(example_hashes(part, column), contents)
+
+    def compared(part: Corpus) -> tuple[np.ndarray, np.ndarray, list[tuple[int, int, float]]]:
         met = _met(part, column, indexes)
-        leaks.passages[mine] = indexes[0].passages(met[0])
-        for example, other, alike in indexes[-1].near(met[-1], within=within):
-            leaks.near[before + example] = True
-            if len(leaks.shown) < _SHOWN:
-                leaks.shown.append((before + example, other, alike))
-        before += len(part)
+        near = indexes[-1].near(met[-1], within=within)
+        return np.isin(example_hashes(part, column), contents), indexes[0].passages(met[0]), near
+
+    before = 0
+    with ThreadPoolExecutor(cores()) as pool:  # sorting and looking up leave the interpreter free
+        for part, (same, passages, near) in zip(train, pool.map(compared, train), strict=True):
+            mine = slice(before, before + len(part))
+            leaks.same[mine], leaks.passages[mine] = same, passages
+            for example, other, alike in near:
+                leaks.near[before + example] = True
+                if len(leaks.shown) < _SHOWN:
+                    leaks.shown.append((before + example, other, alike))
+            before += len(part)
     leaks.held_out_covered = indexes[0].covered()
     return leaks
 
@@ -97,12 +104,13 @@ def _index(
     found: list[list[_Windows]] = [_windows(part, column, widths) for part in held_out]
     _, firsts, same = np.unique(contents, return_index=True, return_inverse=True)
     first_same = firsts[same] if len(contents) else np.zeros(0, np.int64)
-    indexes = [_Index([windows[at] for windows in found], first_same, width) for at, width in enumerate(widths)]
-    step = max(1, len(train) // _PARTS_LOOKED_AT)
-    looked_at = train[::step]
-    for part in looked_at:
-        for index, met in zip(indexes, _met(part, column, indexes), strict=True):
-            index.count_learnt(met)
+    looked_at = train[:: max(1, len(train) // _PARTS_LOOKED_AT)]
+    with ThreadPoolExecutor(cores()) as pool:
+        windows = [[part[at] for part in found] for at in range(len(widths))]
+        indexes = list(pool.map(_Index, windows, [first_same] * len(widths), widths))
+        for met in pool.map(lambda part: _met(part, column, indexes), looked_at):
+            for index, mine in zip(indexes, met, strict=True):
+                index.count_learnt(mine)
     for index in indexes:
         index.settle(len(firsts), sum(map(len, looked_at)))
     return indexes

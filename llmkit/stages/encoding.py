@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -32,18 +32,14 @@ SOURCE = Column("uint16", ragged=False)  # of each example: the number of its so
 
 @dataclass(frozen=True)
 class Encoding:
-    """How rows become examples. Called once in each process, it gives the function that encodes one part."""
+    """How rows become examples."""
 
     task: str
     tokenizer: Path
     settings: TaskSettings
     weighed: bool = False  # rows to learn from stand in the corpus as often as their weight says
-    augment: Sequence[Any] = ()  # what the recipe names, for rows to learn from
+    augment: tuple[Any, ...] = field(default=(), hash=False)  # what the recipe names, for rows to learn from
     seed: int = 0
-
-    def __call__(self) -> Callable[[EncodingTask], Path]:
-        task = catalog.resolve("task", self.task)(load_tokenizer(self.tokenizer), self.settings)
-        return partial(encode_part, self, task)
 
     def copies(self, kept: Kept) -> int:
         """How often a row stands in the corpus."""
@@ -52,11 +48,36 @@ class Encoding:
 
 @dataclass(frozen=True)
 class EncodingTask:
-    """Some rows of a shard, the number of their source, and the folder for their examples."""
+    """Some rows of a shard, the number of their source, the folder for their examples, and how they are made."""
 
     part: RowPart
     source: int
     folder: Path
+    encoding: Encoding
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A corpus to be made; `task` is what `encoding` tells of."""
+
+    name: str
+    rows: RowSet
+    encoding: Encoding
+    task: Task
+
+
+class Encoder:
+    """Encodes parts, one after the other; a process makes each task once."""
+
+    def __init__(self, tasks: Mapping[Encoding, Task] = MappingProxyType({})) -> None:
+        self._tasks = dict(tasks)
+
+    def __call__(self, work: EncodingTask) -> Path:
+        """Writes a part's examples as a corpus."""
+        how = work.encoding
+        if how not in self._tasks:
+            self._tasks[how] = catalog.resolve("task", how.task)(load_tokenizer(how.tokenizer), how.settings)
+        return encode_part(self._tasks[how], work)
 
 
 @dataclass
@@ -78,8 +99,9 @@ class Examples:
         return sum(int(np.sum((count == 0) | (lost < count))) for count, lost in zip(counts, gone, strict=True))
 
 
-def encode_part(encoding: Encoding, task: Task, work: EncodingTask) -> Path:
+def encode_part(task: Task, work: EncodingTask) -> Path:
     """Writes a part's examples as a corpus, and `left_out.jsonl`. What is there already stays."""
+    encoding = work.encoding
     if (work.folder / "corpus.json").exists():
         return work.folder
     aside = work.folder.with_name(f".{work.folder.name}")
@@ -165,29 +187,29 @@ def _batches(sizes: np.ndarray) -> Iterator[slice]:
 
 
 def encode_all(
-    run: Run, name: str, rows: RowSet, encoding: Encoding, task: Task, folder: Path, workers: int
-) -> tuple[list[Corpus], list[str]]:
-    """Encodes a set of rows as one corpus a shard, and gives them with the URIs that their sources are numbers of."""
-    folder.mkdir(parents=True, exist_ok=True)
-    uris = list(dict.fromkeys(part.shard.facts["uri"] for part in rows.parts))
-    tasks = [
-        EncodingTask(part, uris.index(part.shard.facts["uri"]), folder / f"{number:05}")
-        for number, part in enumerate(rows.parts)
-        if len(part.numbers)
-    ]
-    total = sum(int(part.shard.row_bytes[part.numbers].sum()) for part in rows.parts)
-    make: Any = encoding
-    if total < _BYTES_FOR_PROCESSES or workers < 2:
-        make, workers = lambda: partial(encode_part, encoding, task), 1
-    progress = run.reporter.progress(f"encoding {name}", len(rows), "rows")
-    found = []
+    run: Run, wanted: Sequence[Wanted], folder: Path, workers: int
+) -> tuple[dict[str, list[Corpus]], dict[str, list[str]]]:
+    """Encodes sets of rows, each as one corpus a shard; gives these by name, and the URIs that sources are numbers of."""
+    sources = {w.name: list(dict.fromkeys(part.shard.facts["uri"] for part in w.rows.parts)) for w in wanted}
+    tasks = []
+    for each in wanted:
+        (folder / each.name).mkdir(parents=True, exist_ok=True)
+        for number, part in enumerate(each.rows.parts):
+            if len(part.numbers):
+                source = sources[each.name].index(part.shard.facts["uri"])
+                tasks.append(EncodingTask(part, source, folder / each.name / f"{number:05}", each.encoding))
+    total = sum(int(task.part.shard.row_bytes[task.part.numbers].sum()) for task in tasks)
+    made = {each.encoding: each.task for each in wanted}
+    make: Any = Encoder if total >= _BYTES_FOR_PROCESSES and workers > 1 else lambda: Encoder(made)
+    progress = run.reporter.progress("encoding", sum(len(task.part.numbers) for task in tasks), "rows")
+    found: dict[str, list[Corpus]] = {each.name: [] for each in wanted}
     try:
-        for work, path in in_order(make, tasks, workers):
-            found.append(Corpus(path))
+        for work, path in in_order(make, tasks, workers if make is Encoder else 1):
+            found[work.folder.parent.name].append(Corpus(path))
             progress.advance(len(work.part.numbers))
     finally:
         progress.close()
-    return found, uris
+    return found, sources
 
 
 def left_out_of(parts: Sequence[Corpus]) -> list[Path]:

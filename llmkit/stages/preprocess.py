@@ -25,7 +25,7 @@ from llmkit.recipe.training import Tokenizer
 from llmkit.recipe.values import count_of
 from llmkit.run.directory import Artifact, Run
 from llmkit.stages.base import pretraining_corpora, relative_files
-from llmkit.stages.encoding import SOURCE, Encoding, Examples, encode_all, left_out_of
+from llmkit.stages.encoding import SOURCE, Encoding, Examples, Wanted, encode_all, left_out_of
 from llmkit.stages.leaks import leave_out_leaks
 from llmkit.stages.rows import RecipeRows, workers_of
 from llmkit.stages.statistics import corpus_statistics, show_statistics
@@ -159,16 +159,15 @@ def _encoded(recipe: Recipe, run: Run, rows: RecipeRows, tokenizer: Any, work: P
         window = TaskSettings(recipe.pretrain.max_length or recipe.data.max_length)
         wanted += [("pretrain", rows.pretrain, "text", window)]
         wanted += [("pretrain-eval", rows.pretrain_held_out, "text", window)]
-    found = {}
+    corpora = []
     for name, chosen, task_name, settings in wanted:
-        task = catalog.resolve("task", task_name)(tokenizer, settings)
         weighed = name in ("train", "pretrain", "general")  # what is held out is there once
         augment = recipe.data.augment if name == "train" else ()
-        tokenizer_folder = run.folder("preprocess") / "tokenizer"
-        how = Encoding(task_name, tokenizer_folder, settings, weighed, augment, recipe.seed)
-        parts, sources = encode_all(run, name, chosen, how, task, work / "examples" / name, workers_of(recipe.data))
-        found[name] = Examples(task, parts, sources)
-    return found
+        folder = run.folder("preprocess") / "tokenizer"
+        how = Encoding(task_name, folder, settings, weighed, augment, recipe.seed)
+        corpora.append(Wanted(name, chosen, how, catalog.resolve("task", task_name)(tokenizer, settings)))
+    parts, sources = encode_all(run, corpora, work / "examples", workers_of(recipe.data))
+    return {each.name: Examples(each.task, parts[each.name], sources[each.name]) for each in corpora}
 
 
 def _joined(folder: Path, examples: Examples, tokenizer: Any) -> Corpus:

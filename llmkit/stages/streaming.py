@@ -47,8 +47,9 @@ class BlockMaker:
         writer = CorpusWriter(folder / "examples", {**self._task.columns, "source": SOURCE})
         uris = list(dict.fromkeys(part.shard.facts["uri"] for part in gathered.rows.parts))
         for number, part in enumerate(gathered.rows.parts):
-            work = EncodingTask(part, uris.index(part.shard.facts["uri"]), folder / f"{number:05}")
-            encoded = Corpus(encode_part(self._encoding, self._task, work))
+            source = uris.index(part.shard.facts["uri"])
+            work = EncodingTask(part, source, folder / f"{number:05}", self._encoding)
+            encoded = Corpus(encode_part(self._task, work))
             writer.add_all(encoded)
             rejected |= encoded.meta["rejected"]
         self._refuse_too_many(rejected, gathered.read)
