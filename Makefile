@@ -1,6 +1,6 @@
 # make demo   fine-tune a real language model and see that it got better (about 4 minutes on two cores)
 # make test   everything that is tested
-# make bench  llmkit against its peers on the same work, in turn (about two hours on two cores;
+# make bench  llmkit against its peers on the same work, in turn (about two and a half hours on two cores;
 #             make bench ARGS="--rounds 1 --examples 16" tries it in a few minutes)
 # make check  formatter, linter, type checker and the fast tests
 

@@ -15,7 +15,17 @@ from llmkit.data.filters import build_filters
 from llmkit.data.filters.comparison import Comparison
 from llmkit.data.pieces import Piece, pieces_of, stored_bytes
 from llmkit.data.rows import RowFormat, choose_format
-from llmkit.data.shards import LEFT_OUT, SAMPLES, Cleaning, CleaningTask, RowShard, clean, left_out_line, sample
+from llmkit.data.shards import (
+    LEFT_OUT,
+    SAMPLES,
+    Cleaning,
+    CleaningTask,
+    RowShard,
+    Tally,
+    clean,
+    left_out_line,
+    sample,
+)
 from llmkit.data.sources import Row, Where
 from llmkit.data.workers import in_order
 from llmkit.errors import DataError
@@ -95,19 +105,13 @@ class RowSet:
 
 
 @dataclass
-class Gathered:
-    """The rows of some sources, and the counts of those that were left out."""
+class Gathered(Tally):
+    """The rows of some sources, and what became of the others."""
 
     rows: RowSet = RowSet()
-    read: int = 0
-    rejected: dict[str, list[Any]] = field(default_factory=dict)  # reason -> count, the first place
-    filtered: dict[str, Counter[str]] = field(default_factory=dict)  # filter -> reason -> count
-    changed: dict[str, Counter[str]] = field(default_factory=dict)  # filter -> what -> count
-    samples: dict[str, list[dict[str, Any]]] = field(default_factory=dict)  # filter -> rows that it took out
     labels: dict[str, str] = field(default_factory=dict)  # label -> the first place
     with_column: int = 0  # rows that have the column by which they are split
     formats: dict[str, RowFormat] = field(default_factory=dict)  # by URI
-    left_out: list[Path] = field(default_factory=list)  # JSON Lines
 
 
 def gather(
@@ -178,21 +182,10 @@ def format_of(request: Request, pieces: Sequence[Piece], kind: str) -> RowFormat
 def add_up(gathered: Gathered, shards: Sequence[RowShard]) -> None:
     """Takes in what shards count."""
     for shard in shards:
-        facts = shard.facts
-        gathered.read += facts["read"]
-        gathered.with_column += facts["with_column"]
-        for reason, (count, where) in facts["rejected"].items():
-            gathered.rejected.setdefault(reason, [0, where])[0] += count
-        for name, reasons in facts["filtered"].items():
-            gathered.filtered.setdefault(name, Counter()).update(reasons)
-        for name, counts in facts["changed"].items():
-            gathered.changed.setdefault(name, Counter()).update(counts)
-        for name, shown in facts["samples"].items():
-            known = gathered.samples.setdefault(name, [])
-            known += shown[: SAMPLES - len(known)]
-        for label, where in facts["labels"].items():
+        gathered.add(shard.tally)
+        gathered.with_column += shard.facts["with_column"]
+        for label, where in shard.facts["labels"].items():
             gathered.labels.setdefault(label, where)
-        gathered.left_out.append(shard.left_out)
 
 
 def _compared(

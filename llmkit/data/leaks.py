@@ -6,7 +6,7 @@ share are what a template writes, or a common phrase, and tell nothing.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -24,6 +24,8 @@ _COMMON = 3  # examples, at least, whose windows tell nothing
 _COMMON_HELD_OUT = 0.01  # and this share of the held-out ones
 _COMMON_LEARNT = 0.1  # or this share of those that are learnt
 _PARTS_LOOKED_AT = 8  # of the training data, to learn what is common there
+_TOKENS_AT_ONCE = 6_000_000  # of held-out data; more are compared in turn
+_THREADS = 4
 _SHOWN = 20
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 _BASE = np.uint64(0x100000001B3)
@@ -48,8 +50,33 @@ def find_leaks(
 
     `within` counts a training example as near when it holds a held-out one, and not only when both are alike.
     """
-    total = sum(map(len, train))
+    total, before = sum(map(len, train)), 0
     leaks = Leaks(np.zeros(total, bool), np.zeros(total, bool), np.zeros(total, bool))
+    for group in _groups(held_out, column):
+        _compare(leaks, train, group, column, before, within=within)
+        before += sum(map(len, group))
+    return leaks
+
+
+def _groups(held_out: Sequence[Corpus], column: str) -> Iterator[list[Corpus]]:
+    """Held-out parts of so many tokens together that their windows fit in memory with ease."""
+    group: list[Corpus] = []
+    tokens = 0
+    for part in held_out:
+        size = len(part.values(column))
+        if group and tokens + size > _TOKENS_AT_ONCE:
+            yield group
+            group, tokens = [], 0
+        group.append(part)
+        tokens += size
+    if group:
+        yield group
+
+
+def _compare(
+    leaks: Leaks, train: Sequence[Corpus], held_out: Sequence[Corpus], column: str, first: int, *, within: bool
+) -> None:
+    """Takes in what training data have in common with some held-out parts, whose examples count from `first` on."""
     contents = np.concatenate([np.zeros(0, np.uint64), *(example_hashes(part, column) for part in held_out)])
     widths = [_LONG_WINDOW] if within else [_LONG_WINDOW, _WINDOW]
     indexes = _index(held_out, train, column, contents, widths)
@@ -60,17 +87,17 @@ def find_leaks(
         return np.isin(example_hashes(part, column), contents), indexes[0].passages(met[0]), near
 
     before = 0
-    with ThreadPoolExecutor(cores()) as pool:  # sorting and looking up leave the interpreter free
+    with ThreadPoolExecutor(min(cores(), _THREADS)) as pool:  # sorting and looking up leave the interpreter free
         for part, (same, passages, near) in zip(train, pool.map(compared, train), strict=True):
             mine = slice(before, before + len(part))
-            leaks.same[mine], leaks.passages[mine] = same, passages
+            leaks.same[mine] |= same
+            leaks.passages[mine] |= passages
             for example, other, alike in near:
                 leaks.near[before + example] = True
                 if len(leaks.shown) < _SHOWN:
-                    leaks.shown.append((before + example, other, alike))
+                    leaks.shown.append((before + example, first + other, alike))
             before += len(part)
-    leaks.held_out_covered = indexes[0].covered()
-    return leaks
+    leaks.held_out_covered += indexes[0].covered()
 
 
 @dataclass(frozen=True)
@@ -105,9 +132,8 @@ def _index(
     _, firsts, same = np.unique(contents, return_index=True, return_inverse=True)
     first_same = firsts[same] if len(contents) else np.zeros(0, np.int64)
     looked_at = train[:: max(1, len(train) // _PARTS_LOOKED_AT)]
-    with ThreadPoolExecutor(cores()) as pool:
-        windows = [[part[at] for part in found] for at in range(len(widths))]
-        indexes = list(pool.map(_Index, windows, [first_same] * len(widths), widths))
+    indexes = [_Index([windows[at] for windows in found], first_same, width) for at, width in enumerate(widths)]
+    with ThreadPoolExecutor(min(cores(), _THREADS)) as pool:
         for met in pool.map(lambda part: _met(part, column, indexes), looked_at):
             for index, mine in zip(indexes, met, strict=True):
                 index.count_learnt(mine)
@@ -132,12 +158,12 @@ class _Index:
         hashes, owner = hashes[order], owner[order]
         new = np.ones(len(hashes), bool)
         new[1:] = (hashes[1:] != hashes[:-1]) | (owner[1:] != owner[:-1])
-        hashes, self._owners = hashes[new], owner[new]
+        hashes, self._owners = hashes[new], owner[new].astype(np.int32)
         firsts = np.flatnonzero(np.concatenate([[True], hashes[1:] != hashes[:-1]])[: len(hashes)])
         self.hashes = hashes[firsts]
         self._starts = np.append(firsts, len(hashes))  # of each window's owners
         self._common = np.zeros(len(self.hashes), bool)
-        self._learnt = np.zeros(len(self.hashes), np.int64)
+        self._learnt = np.zeros(len(self.hashes), np.int32)
         self._seen = np.zeros(len(self.hashes), bool)
         self._bits = np.uint64(64 - min(27, max(12, len(self.hashes).bit_length() + 3)))
         self._maybe = np.zeros(1 << (64 - int(self._bits)), bool)
@@ -146,7 +172,7 @@ class _Index:
     def count_learnt(self, met: _Met) -> None:
         """Takes in which windows training examples have."""
         _, numbers = met.pairs(len(self.hashes))
-        self._learnt += np.bincount(numbers, minlength=len(self.hashes))
+        self._learnt += np.bincount(numbers, minlength=len(self.hashes)).astype(np.int32)
 
     def settle(self, held_out: int, learnt: int) -> None:
         """Decides which windows tell nothing, by the numbers of different examples that were looked at."""

@@ -63,6 +63,31 @@ class CleaningTask:
     number: int  # of the source
 
 
+@dataclass
+class Tally:
+    """What became of rows that were read."""
+
+    read: int = 0
+    rejected: dict[str, list[Any]] = field(default_factory=dict)  # reason -> count, the first place
+    filtered: dict[str, Counter[str]] = field(default_factory=dict)  # filter -> reason -> count
+    changed: dict[str, Counter[str]] = field(default_factory=dict)  # filter -> what -> count
+    samples: dict[str, list[dict[str, Any]]] = field(default_factory=dict)  # filter -> rows that it took out
+    left_out: list[Path] = field(default_factory=list)  # JSON Lines that name the rows that were left out
+
+    def add(self, other: Tally) -> None:
+        """Takes in the counts of other rows, which come after these."""
+        self.read += other.read
+        self.left_out += other.left_out
+        for reason, (count, where) in other.rejected.items():
+            self.rejected.setdefault(reason, [0, where])[0] += count
+        for mine, theirs in ((self.filtered, other.filtered), (self.changed, other.changed)):
+            for name, counts in theirs.items():
+                mine.setdefault(name, Counter()).update(counts)
+        for name, shown in other.samples.items():
+            known = self.samples.setdefault(name, [])
+            known += shown[: SAMPLES - len(known)]
+
+
 class RowShard:
     """The rows of one piece. Raises ArtifactError when they are damaged."""
 
@@ -109,9 +134,13 @@ class RowShard:
         return np.load(self.folder / name, mmap_mode="r"), np.load(self.folder / f"rows-of-{name}")
 
     @property
-    def left_out(self) -> Path:
-        """JSON Lines that name the rows that were left out: source, line and reason."""
-        return self.folder / LEFT_OUT
+    def tally(self) -> Tally:
+        """What became of the rows of the piece."""
+        filtered, changed = (
+            {name: Counter(found) for name, found in self.facts[key].items()} for key in ("filtered", "changed")
+        )
+        read, rejected, samples = (self.facts[key] for key in ("read", "rejected", "samples"))
+        return Tally(read, rejected, filtered, changed, samples, [self.folder / LEFT_OUT])
 
 
 def clean(task: CleaningTask) -> Path:

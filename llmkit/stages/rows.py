@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from llmkit.data.gather import Gathered, Request, RowSet, gather
-from llmkit.data.shards import SAMPLES
+from llmkit.data.shards import Tally
 from llmkit.data.split import Share, held_out
 from llmkit.data.stream import Stream
 from llmkit.data.workers import cores
@@ -27,16 +25,11 @@ from llmkit.stages.base import task_class
 _WHOLE_NUMBER = re.compile(r"-?[0-9]{1,300}")
 
 
-class RecipeRows:
+class RecipeRows(Tally):
     """All rows of a recipe, split, in a folder; gathering shows progress and every guess."""
 
     def __init__(self, recipe: Recipe, run: Run, folder: Path) -> None:
-        self.read = 0
-        self.rejected: dict[str, list[Any]] = {}  # reason -> count, the first place
-        self.filtered: dict[str, Counter[str]] = {}  # filter -> reason -> count
-        self.changed: dict[str, Counter[str]] = {}  # filter -> what -> count
-        self.samples: dict[str, list[dict[str, Any]]] = {}
-        self.left_out: list[Path] = []
+        super().__init__()
         self.train = self.held_out = self.general = self.pretrain = self.pretrain_held_out = RowSet()
         self.labels: tuple[str, ...] = ()
         self.formats: dict[str, str] = {}
@@ -96,7 +89,7 @@ class RecipeRows:
         finally:
             progress.close()
         self._tell_formats(key, gathered)
-        self._add_up(gathered)
+        self.add(gathered)
         if not len(gathered.rows):
             reasons = [(reason, where) for reason, (_, where) in gathered.rejected.items()]
             reasons += [
@@ -129,21 +122,9 @@ class RecipeRows:
         stream = stream_of(data, sources, kind)
         gathered, _ = stream.block(stream.start, self._folder / "data.train")
         self._tell_formats("data.train", gathered)
-        self._add_up(gathered)
+        self.add(gathered)
         self._run.reporter.note(f"data.train is a stream: the corpus `train` is its first block, {gathered.read} rows")
         return gathered.rows
-
-    def _add_up(self, gathered: Gathered) -> None:
-        self.read += gathered.read
-        self.left_out += gathered.left_out
-        for reason, (count, where) in gathered.rejected.items():
-            self.rejected.setdefault(reason, [0, where])[0] += count
-        for mine, found in ((self.filtered, gathered.filtered), (self.changed, gathered.changed)):
-            for name, counts in found.items():
-                mine.setdefault(name, Counter()).update(counts)
-        for name, shown in gathered.samples.items():
-            known = self.samples.setdefault(name, [])
-            known += shown[: SAMPLES - len(known)]
 
     def _leave_out_held_out(self) -> None:
         """Training rows that say what a held-out row says are not learnt from."""

@@ -17,7 +17,7 @@ from typing import Any
 
 from rich.console import Console
 
-from tests.benchmarks import tables
+from tests.benchmarks import preprocessing, tables
 from tests.benchmarks.contestants import train
 from tests.benchmarks.process import ROOT, ProcessError, run_module
 from tests.benchmarks.results import FORMULA, Record, add_rates, medians, mismatches, ratios
@@ -59,7 +59,7 @@ class Benchmark:
                 except ProcessError as error:
                     tables.show_mistakes(self.console, "failed", [str(error)])
                     self.failures.append(f"{workload.name}, round {number}: {contestant.name} failed")
-                    self._write()
+                    self.write()
                     continue
                 add_rates(run, rows, workload.epochs, before, self.results["machine"]["bf16_peak_flops"])
                 result["runs"].append(run)
@@ -84,9 +84,10 @@ class Benchmark:
         runs = result["runs"]
         result["mismatches"] = mismatches(runs, result["rows"], workload.epochs, workload.batch_size)
         result["medians"], result["ratios"] = medians(runs), ratios(runs)
-        self._write()
+        self.write()
 
-    def _write(self) -> None:
+    def write(self) -> None:
+        """Keeps what was found so far."""
         self.output.write_text(json.dumps(self.results, indent=1) + "\n", encoding="utf-8")
 
     def show(self) -> bool:
@@ -122,7 +123,9 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description=__doc__)
     everybody = {each.name: None for workload in WORKLOADS.values() for each in workload.contestants}
     only_asked = ", ".join(each.name for w in WORKLOADS.values() for each in w.contestants if each.asked_for)
-    parser.add_argument("--only", choices=WORKLOADS, action="append", help="a workload; may be repeated")
+    parser.add_argument(
+        "--only", choices=(*WORKLOADS, "preprocessing"), action="append", help="a workload; may be repeated"
+    )
     parser.add_argument(
         "--contestants", default="", help=f"names, with commas between; {only_asked} take part only when named"
     )
@@ -144,10 +147,15 @@ def main() -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
     try:
         benchmark = Benchmark(output, given.rounds, given.examples)
-        for name in given.only or WORKLOADS:
+        for name in (name for name in given.only or WORKLOADS if name in WORKLOADS):
             workload = WORKLOADS[name] if given.examples is None else WORKLOADS[name].with_examples(given.examples)
             if contestants := _chosen(workload, given.contestants):
                 benchmark.measure(workload, contestants)
+        if given.only is None or "preprocessing" in given.only:
+            small = given.examples is not None
+            size = (20.0, 20_000) if small else (preprocessing.MEGABYTES, preprocessing.DOCUMENTS)
+            benchmark.results["preprocessing"] = preprocessing.report(*size, given.rounds)
+            benchmark.write()
     except ProcessError as error:  # what all contestants need; theirs are kept and reported
         sys.exit(str(error))
     sys.exit(0 if benchmark.show() else 1)

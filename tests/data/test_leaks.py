@@ -289,3 +289,21 @@ def test_it_finds_the_passages_and_covers_what_comparing_everything_does(corpora
         every = set().union(common, *known)
         assert any(windows([*run], 12) <= every for run in windows(train[number], PASSAGE))
     assert len(strange) < 40
+
+
+def test_held_out_data_compared_in_turn_are_compared_all_the_same(
+    corpora: Corpora, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More of them than are held in memory together."""
+    rng = np.random.default_rng(5)
+    held_out = [rng.integers(0, 5000, 60).tolist() for _ in range(12)]
+    train = [[*held_out[n], 1, 2] for n in (1, 6, 11)] + [rng.integers(0, 5000, 60).tolist() for _ in range(5)]
+    parts, learnt = corpora.parts(held_out, (3, 6, 9)), corpora.parts(train)
+    whole = find_leaks(learnt, parts)
+    monkeypatch.setattr("llmkit.data.leaks._TOKENS_AT_ONCE", 200)
+    in_turn = find_leaks(learnt, parts)
+    assert whole.shown == in_turn.shown
+    assert [(example, other) for example, other, _ in in_turn.shown] == [(0, 1), (1, 6), (2, 11)]
+    assert (whole.near == in_turn.near).all()
+    assert (whole.passages == in_turn.passages).all()
+    assert whole.held_out_covered == in_turn.held_out_covered == 3

@@ -66,7 +66,7 @@ def test_a_shard_has_the_rows_their_places_and_what_was_left_out(tmp_path: Path)
         "invalid JSON: Expecting property name enclosed in double quotes at column 2",
         "text is empty",
     }
-    left_out = [json.loads(line) for line in shard.left_out.read_text().splitlines()]
+    left_out = [json.loads(line) for line in shard.tally.left_out[0].read_text().splitlines()]
     assert [entry["line"] for entry in left_out] == [2, 3, 4]
     assert left_out[1] == {"source": file, "line": 3, "reason": "filter length: shorter than 3 characters"}
 
