@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import pickle
 import signal
 import threading
 import time
@@ -158,13 +157,11 @@ def _work(pipe: Connection) -> None:
 
 
 def _portable(error: Exception) -> Exception:
-    """The error as it is where it can be sent, with the place in this process where it arose."""
-    error.add_note(f"in a worker process:\n{traceback.format_exc()}")
-    try:
-        pickle.loads(pickle.dumps(error))  # what this very process has made, and not a file
-    except Exception:
-        return RuntimeError(f"{error}\n{traceback.format_exc()}")
-    return error
+    """The error itself where it is one of Python's own, which can be sent, with the place in this process it is from."""
+    known = type(error).__module__ == "builtins"
+    sent = error if known else RuntimeError(f"{type(error).__name__}: {error}")
+    sent.add_note(f"in a worker process:\n{traceback.format_exc()}")
+    return sent
 
 
 def _end_with_parent(parent: int) -> None:
