@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from llmkit.data.filters import build_filters
+from llmkit.data.filters import Filter, build_filters
 from llmkit.data.filters.comparison import Comparison
 from llmkit.data.pieces import Piece, pieces_of, stored_bytes
 from llmkit.data.rows import RowFormat, choose_format
@@ -148,7 +148,7 @@ def gather(
     big = stored_bytes([task.piece for task in tasks]) >= _BYTES_FOR_PROCESSES
     shards, known = [], 0
     read: Counter[str] = Counter()
-    for task, path in in_order(_cleaner, tasks, workers if big else 1):
+    for task, path in in_order(_Cleaner, tasks, workers if big else 1):
         shards.append(RowShard(path))
         advance(shards[-1].facts["read"])
         read[task.piece.uri] += shards[-1].facts["read"]
@@ -163,8 +163,16 @@ def gather(
     return gathered
 
 
-def _cleaner() -> Callable[[CleaningTask], Path]:
-    return clean
+class _Cleaner:
+    """Cleans pieces, one after the other; a process builds their filters, which are the same for all, once."""
+
+    def __init__(self) -> None:
+        self._filters: list[tuple[str, Filter]] | None = None
+
+    def __call__(self, task: CleaningTask) -> Path:
+        if self._filters is None:
+            self._filters = build_filters(task.cleaning.filters)
+        return clean(task, self._filters)
 
 
 def format_of(request: Request, pieces: Sequence[Piece], kind: str) -> RowFormat | None:

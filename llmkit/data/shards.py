@@ -17,7 +17,7 @@ from typing import Any, TextIO
 
 import numpy as np
 
-from llmkit.data.filters import build_filters, row_text
+from llmkit.data.filters import Filter, build_filters, row_text
 from llmkit.data.filters.comparison import Comparison
 from llmkit.data.pieces import Piece
 from llmkit.data.readers import Rejected, Row, Where
@@ -143,14 +143,18 @@ class RowShard:
         return Tally(read, rejected, filtered, changed, samples, [self.folder / LEFT_OUT])
 
 
-def clean(task: CleaningTask) -> Path:
-    """Reads, converts and filters the rows of a piece. A pure function of the piece: what is there already stays."""
+def clean(task: CleaningTask, filters: Sequence[tuple[str, Filter]] | None = None) -> Path:
+    """Reads, converts and filters the rows of a piece. A pure function of the piece: what is there already stays.
+
+    `filters` are those of the task, where they are built already (some read a model): only what they count is begun anew.
+    """
     if (task.folder / "shard.json").exists():
         return task.folder
     aside = task.folder.with_name(f".{task.folder.name}")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
-    with _Writer(aside, task.piece.uri, task.cleaning) as writer:
+    built = build_filters(task.cleaning.filters) if filters is None else filters
+    with _Writer(aside, task.piece.uri, task.cleaning, built) as writer:
         for row in task.piece.rows():
             writer.take(row)
     aside.rename(task.folder)
@@ -162,6 +166,7 @@ class _Writer:
     folder: Path
     uri: str
     cleaning: Cleaning
+    filters: Sequence[tuple[str, Filter]]
     read: int = 0
     sources: dict[str, int] = field(default_factory=dict)
     rejected: dict[str, list[Any]] = field(default_factory=dict)  # reason -> count, the first place
@@ -175,7 +180,9 @@ class _Writer:
     _bytes: int = 0
 
     def __enter__(self) -> _Writer:
-        self.filters = build_filters(self.cleaning.filters)
+        for _, take in self.filters:
+            if getattr(take, "counts", None):
+                take.counts.clear()
         secret = [at for at, (_, take) in enumerate(self.filters) if getattr(take, "secret", False)]
         self._masked_from = max(secret, default=-1) + 1  # rows that were taken out before may hold what is to be masked
         self._rows = (self.folder / "rows.jsonl").open("wb")

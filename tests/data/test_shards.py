@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from llmkit.data import shards
+from llmkit.data.filters import build_filters
 from llmkit.data.pieces import Piece, pieces_of
 from llmkit.data.rows import RowFormat
 from llmkit.data.shards import Cleaning, CleaningTask, RowShard, clean
@@ -274,3 +275,14 @@ def test_samples_are_few_short_and_say_where(tmp_path: Path) -> None:
     assert shown[2]["where"] == f"{tmp_path}/rows.jsonl:3"
     assert {entry["reason"] for entry in shown} == {"longer than 10 characters"}
     assert max(len(entry["text"]) for entry in shown) <= 300
+
+
+def test_filters_that_are_used_again_count_each_piece_by_itself(tmp_path: Path) -> None:
+    filters = build_filters(["white_space"])
+    tasks = []
+    for count in (3, 1):
+        folder = tmp_path / str(count)
+        folder.mkdir()
+        tasks.append(task_of(folder, [{"text": "two  blanks"}] * count, "white_space"))
+    again = [RowShard(clean(task, filters)).facts["changed"] for task in tasks]
+    assert again == [{"white_space": {"texts": 3}}, {"white_space": {"texts": 1}}]
