@@ -2,6 +2,7 @@
 # make test   everything that is tested
 # make bench  llmkit against its peers on the same work, in turn (about two and a half hours on two cores;
 #             make bench ARGS="--rounds 1 --examples 16" tries it in a few minutes)
+# make soak   kills a small training again and again, and compares what it ends with (make soak ARGS="--kills 200")
 # make check  formatter, linter, type checker and the fast tests
 
 PYTHON ?= python3
@@ -13,7 +14,7 @@ CONSTRAINTS := tests/constraints.txt
 # Without a hub every look-up would wait for a time-out; nothing here needs one.
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help demo test bench lint check format clean
+.PHONY: help demo test bench soak lint check format clean
 
 help:           ## what there is
 	@sed -n 's/^\([a-z]*\): .*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -26,6 +27,9 @@ test: $(VENV)/.models $(VENV)/.test       ## install, then run all tests
 
 bench: $(VENV)/.models $(VENV)/.bench       ## install, then compare llmkit with its peers
 	$(BIN)/python -m tests.benchmarks $(ARGS)
+
+soak: $(VENV)/.test         ## kill a small training at random moments, resume it, and compare (ARGS="--kills 200")
+	$(BIN)/python -m tests.soak $(ARGS)
 
 lint: $(VENV)/.test         ## formatter, linter, type checker
 	$(BIN)/ruff format --check llmkit tests

@@ -101,6 +101,22 @@ class InterruptedByUserError(LlmkitError):
     exit_code = 130
 
 
+KINDS: dict[str, type[LlmkitError]] = {
+    kind.kind: kind
+    for kind in (
+        LlmkitError,
+        UsageError,
+        RecipeError,
+        DataError,
+        ArtifactError,
+        ResourceError,
+        DivergedError,
+        StoppedError,
+        InterruptedByUserError,
+    )
+}
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str | None:
     """A hint that names the closest known word, or None when nothing is close."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)

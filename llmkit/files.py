@@ -45,6 +45,19 @@ def write_atomically(path: Path, text: str) -> None:
     sync_folder(path.parent)
 
 
+def sync_file(path: Path) -> None:
+    """Makes a file's bytes survive a power cut."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def sync_tree(folder: Path) -> None:
+    """Makes all files below a folder, and their names, survive a power cut."""
+    for path in sorted(folder.rglob("*")):
+        sync_folder(path) if path.is_dir() else sync_file(path)
+    sync_folder(folder)
+
+
 def sync_folder(folder: Path) -> None:
     """Makes renames inside a folder survive a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)
@@ -67,7 +80,7 @@ def read_json(path: Path) -> Any:
         raise ArtifactError(
             "a file is missing", got=path, hint="restore it, or make it again with what writes it"
         ) from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, or too deep or long for Python
         raise ArtifactError(
             "a file is damaged",
             got=str(error),
@@ -78,8 +91,13 @@ def read_json(path: Path) -> Any:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes a JSON value atomically, indented for people."""
-    write_atomically(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    """Writes a JSON value atomically, as `json_text` has it."""
+    write_atomically(path, json_text(value))
+
+
+def json_text(value: Any) -> str:
+    """A JSON value, indented for people."""
+    return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def package_path(uri: str) -> Path:

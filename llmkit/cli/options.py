@@ -16,11 +16,24 @@ Data = Annotated[
     str | None, typer.Option("--data", "-d", help="data.train: file, glob, hub id, pkg:// or builtin:NAME")
 ]
 EvalData = Annotated[str | None, typer.Option("--eval-data", help="data.eval: a URI, or a share such as 5%")]
-Task = Annotated[str | None, typer.Option("--task", "-t", help="task: text, chat or classify")]
+Task = Annotated[str | None, typer.Option("--task", "-t", help="task: text, chat, classify or regress")]
 Out = Annotated[Path | None, typer.Option("--out", "-o", help="The run directory [default: runs/NAME]")]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any recipe key, dotted; repeatable")]
 Seed = Annotated[int | None, typer.Option("--seed", help="seed: of the order of data, new weights and dropout")]
 Resume = Annotated[bool, typer.Option("--resume/--no-resume", help="Go on from what is there, or start anew")]
+ResumeAnyway = Annotated[
+    bool,
+    typer.Option(
+        "--resume-anyway", help="Go on with a training whose inputs changed, with what of its checkpoint fits"
+    ),
+]
+MaxTime = Annotated[
+    str | None, typer.Option("--max-time", metavar="4h", help="max_time: save and exit with 75 within this time")
+]
+Gpus = Annotated[int | None, typer.Option("--gpus", help="launch.gpus: how many to train on [default: all]")]
+Processes = Annotated[
+    int | None, typer.Option("--processes", help="launch.processes: to train in where there is no GPU")
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would run and why; run nothing")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only the result and errors")]

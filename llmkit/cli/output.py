@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
+import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +17,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from llmkit.errors import InterruptedByUserError, LlmkitError, Problem
+from llmkit.files import write_json
 
 
 def print_json(value: dict[str, Any]) -> None:
@@ -47,11 +50,13 @@ def errors_shown(*, as_json: bool, run_dir: Path | None = None) -> Iterator[None
 
 
 def show_error(error: LlmkitError, *, as_json: bool) -> None:
-    """An error for people, or for scripts."""
+    """An error for people, for scripts, or for the launcher of several processes, which shows the one that matters."""
+    fields = {name: getattr(error, name) for name in ("kind", "what", "got", "expected", "hint", "where", "exit_code")}
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if file:
+        _write_error_file(Path(file), error, fields)
+        return
     if as_json:
-        fields = {
-            name: getattr(error, name) for name in ("kind", "what", "got", "expected", "hint", "where", "exit_code")
-        }
         problems = [vars(problem) for problem in error.problems] if len(error.problems) > 1 else []
         print_json({"status": "error"} | fields | ({"problems": problems} if problems else {}))
         return
@@ -60,6 +65,15 @@ def show_error(error: LlmkitError, *, as_json: bool) -> None:
         console.print(f"[bold red]error:[/] {escape(error.what)}")
     for problem in error.problems:
         _show_problem(console, problem, heading="[bold red]error:[/] " if len(error.problems) == 1 else "- ")
+
+
+def _write_error_file(path: Path, error: LlmkitError, fields: dict[str, Any]) -> None:
+    """As PyTorch's launcher reads it, and the fields of ours beside."""
+    said = "\n".join(f"{name}: {value}" for name, value in fields.items() if value is not None)
+    about = {"timestamp": str(int(time.time())), "py_callstack": ""}
+    message = {"message": said, "errorCode": error.exit_code, "extraInfo": about}
+    del fields["exit_code"]
+    write_json(path, {"message": message, "llmkit": fields})
 
 
 def _show_problem(console: Console, problem: Problem, heading: str) -> None:

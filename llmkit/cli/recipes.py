@@ -41,6 +41,9 @@ class Flags:
     out: Path | None
     set_: tuple[str, ...]
     seed: int | None
+    max_time: str | None = None
+    gpus: int | None = None
+    processes: int | None = None
 
 
 def recipe_from(flags: Flags, command: str, reporter: Reporter) -> Recipe:
@@ -55,6 +58,9 @@ def recipe_from(flags: Flags, command: str, reporter: Reporter) -> Recipe:
             ("data.eval", flags.eval_data, "--eval-data"),
             ("task", flags.task, "--task"),
             ("seed", flags.seed, "--seed"),
+            ("max_time", flags.max_time, "--max-time"),
+            ("launch.gpus", flags.gpus, "--gpus"),
+            ("launch.processes", flags.processes, "--processes"),
         )
         if value is not None
     ]
@@ -121,6 +127,8 @@ def _defaults(flags: Flags, command: str, settings: list[Override], reporter: Re
     defaults = []
     if "name" not in given:
         name = flags.out.resolve().name if flags.out else Path(str(flags.data or flags.model or command)).name
+        if command == "evaluate" and not flags.out:
+            name = f"{model_name(flags.model or given.get('model'))}-on-{_plain_name(name)}"
         defaults.append(Override("name", _plain_name(name), "--out" if flags.out else "--data"))
     if "stages" not in given:
         stages = (
@@ -161,6 +169,13 @@ def _refuse_gaps(flags: Flags, command: str, given: Mapping[str, Any], *, has_da
             expected="--set freeze.blocks=0-3, --set freeze.embeddings=true, or others",
             hint="`llmkit schema` has all keys of `freeze`",
         )
+
+
+def model_name(uri: object) -> str:
+    """A model's URI as a short name: that of its file, its folder, or its run."""
+    parts = [part for part in str(uri).removeprefix("pkg://").rstrip("/").split("/") if part]
+    telling = [part for part in parts if part not in ("model", "finetune", "pretrain", "export", "transformers")]
+    return _plain_name((telling or parts or ["model"])[-1])
 
 
 def _plain_name(text: str) -> str:

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from llmkit.cli.benchmarks import show_benchmarks
 from llmkit.cli.console import ConsoleReporter, make_table, standard_error, standard_output
 from llmkit.cli.output import errors_shown, print_json
 from llmkit.cli.recipes import Flags, recipe_from, run_directory
+from llmkit.cli.report import leave_report
 from llmkit.cli.results import show_metrics, show_next, show_results
 from llmkit.cli.statistics import show_leaks, statistics_of
+from llmkit.errors import DivergedError, InterruptedByUserError
 from llmkit.files import read_json
 from llmkit.recipe.load import dump_recipe
 from llmkit.recipe.schema import Recipe
+from llmkit.recipe.values import seconds_of
 from llmkit.run.directory import Run
 from llmkit.run.reporter import Reporter, SilentReporter
 
@@ -35,6 +40,7 @@ class StageCommand:
     name: str
     flags: Flags
     resume: bool
+    anyway: bool
     as_json: bool
     quiet: bool
     verbose: bool
@@ -59,12 +65,38 @@ class StageCommand:
             try:
                 from llmkit.stages.pipeline import run_stages, stages_for
 
-                run_stages(recipe, run, self._target, resume=self.resume)
+                if recipe.max_time is not None:
+                    run.deadline = started + seconds_of(recipe.max_time)
+                launch = self._launcher(recipe, run)
+                run_stages(recipe, run, self._target, resume=self.resume, anyway=self.anyway, launch=launch)
                 names = [name for name in stages_for(recipe, self._target) if run.is_done(name)]
+                leave_report(run, lead=lead)
+            except (DivergedError, InterruptedByUserError):  # one that has to stop in time has none for a page
+                leave_report(run, lead=lead)
+                raise
             finally:
                 run.close()
             if lead:
                 self._show(recipe, run, names, time.monotonic() - started, leaks=leaks)
+
+    def _launcher(self, recipe: Recipe, run: Run) -> Callable[[str], None] | None:
+        """What runs a stage that trains in several processes; None where one is enough."""
+        from llmkit.launch.local import Launcher, processes_for
+
+        count = processes_for(recipe)
+        if count == 1:
+            return None
+        same = [flag for flag, on in (("-q", self.quiet), ("-v", self.verbose)) if on]
+
+        def launch(stage: str) -> None:
+            mine = self._target in (None, stage)
+            how = [
+                flag for flag, on in (("--no-resume", not self.resume), ("--resume-anyway", self.anyway)) if on and mine
+            ]
+            left = [] if run.deadline is None else ["--max-time", f"{run.deadline - time.monotonic():.0f}s"]
+            Launcher(count, recipe.launch.hang_after, run.folder(stage)).run([stage, str(run.path), *same, *how, *left])
+
+        return launch
 
     @property
     def _target(self) -> str | None:
@@ -73,7 +105,8 @@ class StageCommand:
     def _dry_run(self, recipe: Recipe, path: Path) -> None:
         from llmkit.stages.pipeline import decide_all
 
-        decisions = decide_all(recipe, Run.peek(path, recipe.name), self._target, resume=self.resume)
+        run = Run.peek(path, recipe.name)
+        decisions = decide_all(recipe, run, self._target, resume=self.resume, anyway=self.anyway)
         if self.as_json:
             stages = {d.stage: {"runs": d.runs, "why": d.why} for d in decisions}
             print_json({"status": "dry run", "command": self.name, "run_dir": str(path), "stages": stages})
@@ -85,6 +118,7 @@ class StageCommand:
         """The result: what was made, scores, sample answers, what to do next."""
         metrics = {name: run.stage(name)["metrics"] for name in names}
         artifacts = {key: str(run.path / place) for key, place in (_ARTIFACTS[name] for name in names)}
+        artifacts["report"] = str(run.path / "report.html")
         found = statistics_of(run.path)["leaks"] if leaks else None
         if self.as_json:
             own = metrics if self._target is None else metrics.get(self._target, {})
@@ -102,12 +136,14 @@ class StageCommand:
             return
         console = standard_output()
         if "evaluate" in names and self.name in ("run", "evaluate"):
-            show_results(console, read_json(run.path / "evaluate" / "results.json"))
+            results = read_json(run.path / "evaluate" / "results.json")
+            show_results(console, results)
+            show_benchmarks(console, results)
         elif self._target in metrics:
             show_metrics(console, self.name, metrics[self._target])
         if found is not None:
             show_leaks(console, found, shown=5)
-        console.print(f"\nrun   {run.path}   ({seconds:.0f} s)")
+        console.print(f"\nrun   {run.path}   ({seconds:.0f} s), report in {run.path / 'report.html'}")
         if "model" in artifacts or "export" in artifacts:
             show_next(console, run, recipe)
 

@@ -7,6 +7,7 @@ column means.
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from llmkit.files import digest_file, digest_json, read_json, write_json
 
 FORMAT = 1
 _EXAMPLES_AT_ONCE = 1000  # that are held before they are written
+_BYTES_AT_ONCE = 2**24  # of a column that is read from end to end
 Example = dict[str, Any]  # column -> 1-D array (ragged) or number
 
 
@@ -64,6 +66,7 @@ class CorpusWriter:
             if lengths is not None:
                 self._lengths[name].append(lengths)
         self._count += len(corpus) if keep is None else int(keep.sum())
+        corpus.let_go_of_pages()
 
     def _write(self) -> None:
         for name, values in self._waiting.items():
@@ -114,7 +117,9 @@ class Corpus(Sequence[Example]):
         self.content: str = manifest["content"]
         self.columns = {name: Column(**column) for name, column in manifest["columns"].items()}
         self._count = int(manifest["examples"])
+        self.checksums: dict[str, str] = manifest.get("sha256", {})  # SHA-256 by file
         sizes: dict[str, int] = manifest["files"]
+        self._opened: dict[str, tuple[int, int] | None] = {}
         self._values = {n: self._map(f"{n}.bin", column.dtype, sizes) for n, column in self.columns.items()}
         self._offsets = {
             n: self._map(f"{n}.offsets.bin", "int64", sizes) for n, column in self.columns.items() if column.ragged
@@ -145,6 +150,32 @@ class Corpus(Sequence[Example]):
         """All values of a column, one example after the other."""
         return self._values[column]
 
+    def chunks(self, column: str) -> Iterator[np.ndarray]:
+        """The same in parts that are read and not mapped: a pass over everything takes the memory of one part."""
+        dtype = np.dtype(self.columns[column].dtype)
+        with (self.folder / f"{column}.bin").open("rb") as file:
+            while len(part := np.fromfile(file, dtype, _BYTES_AT_ONCE // dtype.itemsize)):
+                yield part
+
+    def let_go_of_pages(self) -> None:
+        """Gives back the memory in which its files are mapped; what is read again is mapped again."""
+        for values in [*self._values.values(), *self._offsets.values()]:
+            if isinstance(values, np.memmap) and hasattr(mmap, "MADV_DONTNEED"):
+                values._mmap.madvise(mmap.MADV_DONTNEED)  # type: ignore[attr-defined]
+
+    def require_unchanged(self) -> None:
+        """Raises ArtifactError when a file is gone or was written to since the corpus was opened."""
+        for name, expected in self._opened.items():
+            path = self.folder / name
+            if _signature(path) != expected:
+                raise ArtifactError(
+                    "a corpus file changed while it was in use",
+                    got="no file" if not path.is_file() else "another size or time of change",
+                    expected="the file as it was when this began",
+                    hint="run the same command again: it makes the corpus anew where that is needed, and goes on",
+                    where=path,
+                )
+
     def _map(self, name: str, dtype: str, sizes: dict[str, int]) -> np.ndarray:
         path, size = self.folder / name, sizes.get(name)
         found = path.stat().st_size if path.is_file() else None
@@ -156,7 +187,17 @@ class Corpus(Sequence[Example]):
                 hint="run preprocess again",
                 where=path,
             )
+        self._opened[name] = _signature(path)
         return np.memmap(path, dtype=dtype, mode="r") if size else np.zeros(0, dtype=dtype)
+
+
+def _signature(path: Path) -> tuple[int, int] | None:
+    """Size and time of change; None without a file."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_size, found.st_mtime_ns
 
 
 def smallest_unsigned(largest: int) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import Any
 
-from llmkit.data.rows import from_messages, from_text, from_text_label
+from llmkit.data.rows import from_messages, from_text, from_text_label, from_text_number
 from llmkit.errors import DataError, LlmkitError, RecipeError, did_you_mean
 
 
@@ -65,7 +65,8 @@ class OwnCode:
         """A row that the user's code gave back for another one. Raises DataError when it is not such a row."""
         if not isinstance(result, dict):
             raise self.wrong(_kind(result), expected)
-        check = from_messages if "messages" in like else from_text_label if "label" in like else from_text
+        checks = {"messages": from_messages, "label": from_text_label, "number": from_text_number}
+        check = next((check for column, check in checks.items() if column in like), from_text)
         try:
             return check(result)
         except ValueError as error:

@@ -59,6 +59,11 @@ SHAPES: dict[str, Shape] = {
         ("text", "label"),
         synonyms={"text": (*_TEXT, "sentence"), "label": ("category", "class", "target")},
     ),
+    "text_number": Shape(
+        "numbered",
+        ("text", "number"),
+        synonyms={"text": (*_TEXT, "sentence"), "number": ("score", "label", "target", "value", "rating", "stars")},
+    ),
 }
 
 

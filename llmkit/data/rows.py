@@ -1,8 +1,9 @@
-"""Row formats: told from the columns of the data, and turned into canonical rows of three kinds.
+"""Row formats: told from the columns of the data, and turned into canonical rows of four kinds.
 
     text      {"text": str}
     chat      {"messages": [{"role": str, "content": str, ...}], "tools": list (optional)}
     labelled  {"text": str, "label": str}
+    numbered  {"text": str, "number": float}
 
 A function here takes the values of one row under canonical column names and returns the canonical row, or raises
 ValueError with the reason why it cannot.
@@ -11,6 +12,7 @@ ValueError with the reason why it cannot.
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -158,6 +160,20 @@ def from_text_label(values: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(label, str | int):
         raise _ColumnError("label", f"is {type_name(label)}, not a label")
     return {"text": text, "label": _text({"label": str(label)}, "label")}
+
+
+def from_text_number(values: Mapping[str, Any]) -> dict[str, Any]:
+    """`{"text", "number"}`; a number may be written as text."""
+    text, number = _text(values, "text"), _column(values, "number")
+    if isinstance(number, bool) or not isinstance(number, str | int | float):
+        raise _ColumnError("number", f"is {type_name(number)}, not a number")
+    try:
+        found = float(number)
+    except (ValueError, OverflowError):
+        raise ValueError(f"number `{shown(number)}` is not a number") from None
+    if not math.isfinite(found):
+        raise ValueError(f"number {found} is not finite")
+    return {"text": text, "number": found}
 
 
 def from_prompt_completion(values: Mapping[str, Any]) -> dict[str, Any]:

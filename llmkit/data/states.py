@@ -11,9 +11,9 @@ import hashlib
 import os
 import shutil
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -23,9 +23,22 @@ from llmkit.files import digest_file, digest_json, read_json, write_json
 
 FORMAT = 1
 STATES = "prefix_states"  # of an example: its states, what PyTorch calls their numbers, and their depth
-_MANIFEST, _INDEX = "states.json", "index.npy"
+MANIFEST, _INDEX = "states.json", "index.npy"
 _ABANDONED = 86400.0  # seconds
 _NUMPY = {"bfloat16": "int16", "float16": "float16", "float32": "float32"}
+
+
+class KnownStates(Protocol):
+    """States of the examples of a corpus."""
+
+    dtype: str  # what PyTorch calls their numbers
+    complete: bool
+
+    def has(self, number: int) -> bool:
+        """True when an example's states are there."""
+
+    def __getitem__(self, number: int) -> np.ndarray:
+        """An example's states, (L, D); of 16-bit integers where they are bf16."""
 
 
 class StatesWriter:
@@ -72,7 +85,7 @@ def join_parts(folder: Path, parts: int, meta: dict[str, Any]) -> None:
     np.save(folder / _INDEX, index)
     digests[_INDEX] = digest_file(folder / _INDEX)
     manifest = {"format": FORMAT, "dtype": kind[0], "width": kind[1], "sha256": digests, "meta": meta}
-    write_json(folder / _MANIFEST, manifest | {"self": digest_json(manifest)})
+    write_json(folder / MANIFEST, manifest | {"self": digest_json(manifest)})
 
 
 class States:
@@ -81,7 +94,7 @@ class States:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         try:
-            self._open(read_json(folder / _MANIFEST))
+            self._open(read_json(folder / MANIFEST))
         except (KeyError, TypeError, ValueError, OSError) as error:
             raise ArtifactError("kept hidden states are damaged", got=repr(error), where=folder) from None
 
@@ -89,9 +102,9 @@ class States:
         if manifest["format"] != FORMAT:
             raise ArtifactError("hidden states of another llmkit", got=manifest["format"], expected=str(FORMAT))
         said = {key: value for key, value in manifest.items() if key != "self"}
-        for name, expected in {**manifest["sha256"], _MANIFEST: manifest["self"]}.items():
+        for name, expected in {**manifest["sha256"], MANIFEST: manifest["self"]}.items():
             path = self.folder / name
-            found = digest_json(said) if name == _MANIFEST else digest_file(path) if path.is_file() else "no file"
+            found = digest_json(said) if name == MANIFEST else digest_file(path) if path.is_file() else "no file"
             if found != expected:
                 raise ArtifactError("kept hidden states are damaged", got=found, expected=expected, where=path)
         self.dtype: str = manifest["dtype"]
@@ -100,7 +113,7 @@ class States:
         self.complete = bool((self._index[:, 0] >= 0).all())  # every example's states are there
         names = sorted(name for name in manifest["sha256"] if name != _INDEX)
         self._parts = [self._map(self.folder / name, manifest["width"]) for name in names]
-        os.utime(self.folder / _MANIFEST)  # used now: `make_room` takes the oldest first
+        os.utime(self.folder / MANIFEST)  # used now: `make_room` takes the oldest first
 
     def _map(self, path: Path, width: int) -> np.ndarray:
         kind = _NUMPY[self.dtype]
@@ -125,11 +138,15 @@ class States:
 class CorpusWithStates(Sequence[Example]):
     """A corpus whose examples bring what leaves the frozen prefix, where that is known."""
 
-    def __init__(self, corpus: Corpus, states: dict[int, States]) -> None:
+    def __init__(self, corpus: Corpus, states: Mapping[int, KnownStates]) -> None:
         """`states` are by the number of blocks before them."""
         self.corpus, self._by_depth = corpus, states
         self.folder = corpus.folder
         self.depth = max(states)
+
+    def require_unchanged(self) -> None:
+        """Raises ArtifactError when a file of the corpus is gone or was written to."""
+        self.corpus.require_unchanged()
 
     def descend(self, depth: int) -> None:
         """From now on gives the deepest states of at most so many blocks, if there are any."""
@@ -166,8 +183,8 @@ def make_room(cache: Path, most_bytes: int, keep: Collection[Path]) -> int:
     for left_over in cache.glob(".*-*"):  # by computations that were killed
         if time.time() - _changed(left_over) > _ABANDONED:
             shutil.rmtree(left_over, ignore_errors=True)
-    found = [path.parent for path in cache.glob(f"*/{_MANIFEST}") if path.parent not in keep]
-    oldest = sorted(found, key=lambda folder: _changed(folder / _MANIFEST))
+    found = [path.parent for path in cache.glob(f"*/{MANIFEST}") if path.parent not in keep]
+    oldest = sorted(found, key=lambda folder: _changed(folder / MANIFEST))
     sizes = {folder: folder_bytes(folder) for folder in oldest}
     removed = 0
     for folder in oldest:

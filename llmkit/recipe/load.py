@@ -235,7 +235,18 @@ def _absolute(recipe: Recipe, folder: Path | None) -> Recipe:
             "chat_template": absolute(recipe.data.chat_template),
         }
     )
-    update: dict[str, Any] = {"data": data, "model": absolute(recipe.model)}
+    keys, against = recipe.evaluate, recipe.evaluate.against
+    evaluate = keys.model_copy(
+        update={
+            "against": tuple(map(absolute, against)) if isinstance(against, tuple) else absolute(against),
+            "metrics": keys.metrics if keys.metrics == "auto" else specs(keys.metrics),
+            "data_sets": {name: absolute(uri) for name, uri in keys.data_sets.items()},
+            "benchmarks": tuple(
+                absolute(name) if name.endswith((".yaml", ".yml")) else name for name in keys.benchmarks
+            ),
+        }
+    )
+    update: dict[str, Any] = {"data": data, "model": absolute(recipe.model), "evaluate": evaluate}
     if recipe.pretrain is not None:
         update["pretrain"] = recipe.pretrain.model_copy(update={"data": sources(recipe.pretrain.data)})
     if (adapter := recipe.finetune.adapter) is not None:

@@ -20,9 +20,10 @@ from pydantic import (
 )
 
 from llmkit.catalog import is_own_code
+from llmkit.recipe.evaluation import Evaluate
 from llmkit.recipe.fields import NO_RESULT, Bytes, Duration, Parts, RowFormat, Section, ShareOrCount, Sources, named
 from llmkit.recipe.training import Finetune, Pretrain
-from llmkit.recipe.values import is_share, share
+from llmkit.recipe.values import is_share, seconds_of, share
 
 STAGES = ("preprocess", "pretrain", "freeze", "finetune", "evaluate", "export")
 
@@ -70,6 +71,9 @@ class Data(Section):
     )
     stratify: str | None = Field(
         None, description="a column, such as label: of the rows with each of its values the same share is held out"
+    )
+    train_share: Annotated[str, AfterValidator(_part_of_the_rows)] | None = Field(
+        None, description="learn from a part of the training rows, such as 10%; what is held out stays the same"
     )
     group: str | None = Field(
         None, description="a column, such as author: rows with the same value are held out together or not at all"
@@ -152,7 +156,7 @@ class Data(Section):
             mistakes.append("has `stream`, but no `train` to stream")
         if self.eval is not None and not self.eval_is_uri:
             mistakes.append("a stream has no known end to take a share of: name a URI under `eval`, or null")
-        for key in ("stratify", "group", "replay"):
+        for key in ("stratify", "group", "replay", "train_share"):
             if getattr(self, key):
                 mistakes.append(f"`{key}` needs all rows at once: it does not go with `stream`")
         for name in sorted(filters & {"duplicates", "near_duplicates"}):
@@ -217,23 +221,25 @@ class Freeze(Parts):
         return self
 
 
-class Evaluate(Section):
-    """Scores on held-out data, for the model and what it is held against."""
-
-    against: str | None = Field("parent", description="`parent`, the URI of another model, or null for none")
-    metrics: Literal["auto"] | tuple[str, ...] = Field("auto", description="names of the task's metrics; auto for all")
-    batch_size: int = Field(16, gt=0)
-    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
-    generate: int = Field(32, ge=0, description="held-out prompts that are answered greedily and scored (chat)")
-    max_new_tokens: int = Field(48, gt=0, description="tokens of an answer")
-    samples: int = Field(3, ge=0, description="held-out prompts shown with the answers before and after")
-
-
 class Export(Section):
     """What to write for use elsewhere."""
 
     formats: tuple[Annotated[str, BeforeValidator(named("export format"))], ...] = ("transformers",)
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="auto: as the parent has it")
+
+
+class Launch(Section):
+    """How many processes a training has on this machine; under torchrun, srun and their kind they say it."""
+
+    gpus: int | None = Field(None, gt=0, description="one process for each; all there are when absent")
+    processes: int | None = Field(None, gt=0, description="where there is no GPU; 1 when absent")
+    hang_after: Duration = Field("30min", description="without a step in any process, all are ended")
+
+    @model_validator(mode="after")
+    def _one_number(self) -> Launch:
+        if self.gpus is not None and self.processes is not None:
+            raise ValueError("takes `gpus` or `processes`, not both")
+        return self
 
 
 class Recipe(Section):
@@ -252,6 +258,10 @@ class Recipe(Section):
     finetune: Finetune = Finetune()
     evaluate: Evaluate = Evaluate()
     export: Export = Export()
+    launch: Launch = Launch()
+    max_time: Duration | None = Field(
+        None, description="a command saves and ends within this time, such as 4h; the next one goes on from there"
+    )
 
     @field_validator("name")
     @classmethod
@@ -259,6 +269,13 @@ class Recipe(Section):
         if not _NAME.fullmatch(name):
             raise ValueError("should be letters, digits and . _ - only, and begin with a letter or digit")
         return name
+
+    @field_validator("max_time")
+    @classmethod
+    def _some_time(cls, value: str | None) -> str | None:
+        if value is not None and not seconds_of(value):
+            raise ValueError("should be more than no time, such as `4h`")
+        return value
 
     @field_validator("stages")
     @classmethod
@@ -287,8 +304,8 @@ class Recipe(Section):
             mistakes.append("has the stage `freeze`, but no `freeze:` section")
         if self.freeze is not None and self.freeze.by_evidence and "freeze" in self.plan and self.data.train is None:
             mistakes.append("has `freeze.blocks: auto`, but no `data.train` to try depths on")
-        if self.data.general is not None and self.task == "classify":
-            mistakes.append("has `data.general`, but a model that classifies does not predict text")
+        if self.data.general is not None and self.task in ("classify", "regress"):
+            mistakes.append(f"has `data.general`, but a model that learns to {self.task} does not predict text")
         if self.data.replay is not None and self.data.train is None:
             mistakes.append("has `data.replay`, but no `data.train` to mix it into")
         if self.freeze is not None and not isinstance(self.freeze.unfreeze, str) and "finetune" in self.plan:

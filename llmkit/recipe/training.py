@@ -8,6 +8,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_valida
 
 from llmkit.recipe.fields import (
     NO_RESULT,
+    Duration,
     DurationOrSteps,
     Parts,
     Rate,
@@ -51,6 +52,18 @@ class EarlyStopping(Section):
 
     patience: int = Field(3, gt=0, description="evaluations without a better held-out loss before training ends")
     min_delta: float = Field(0.0, ge=0, description="how much lower a loss must be to count as better")
+
+
+class Divergence(Section):
+    """What to do at a step whose loss or gradient is not finite, or whose loss is far above those before it."""
+
+    nan: Literal["stop", "skip", "rollback"] = Field(
+        "stop", description="a loss or gradient that is not finite: end, leave the batch out, or go back and pass it by"
+    )
+    spike: Literal["off", "warn", "skip", "rollback", "stop"] = Field("warn", description="a loss far above others")
+    spike_z: float = Field(10.0, gt=0, description="robust z-score from which a loss counts as a spike")
+    window: int = Field(64, ge=16, description="steps whose losses it is compared with")
+    limit: int = Field(3, gt=0, description="steps that may be refused before training stops")
 
 
 class PartRate(Parts):
@@ -121,7 +134,19 @@ class Training(Section):
         "best", description="which weights become the model: by held-out loss, or last"
     )
     save_every: DurationOrSteps = Field("10min", description="or a number of steps", json_schema_extra=NO_RESULT)
+    lose_at_most: Duration | None = Field(
+        None,
+        description="in place of save_every: save so often that a crash loses at most this much time",
+        json_schema_extra=NO_RESULT,
+    )
     keep_checkpoints: int = Field(2, gt=0, description="newest checkpoints to keep", json_schema_extra=NO_RESULT)
+    keep_every: int | None = Field(
+        None,
+        gt=0,
+        description="checkpoints after a multiple of so many steps stay for good",
+        json_schema_extra=NO_RESULT,
+    )
+    divergence: Divergence = Divergence()
     log_every: int = Field(10, gt=0, description="steps", json_schema_extra=NO_RESULT)
     trackers: tuple[str, ...] = Field(("tensorboard",), description="of Accelerate", json_schema_extra=NO_RESULT)
 
@@ -134,6 +159,11 @@ class Training(Section):
             mistakes.append("takes `batch_size` or `batch_tokens`, not both")
         if self.early_stopping is not None and self.eval_every is None:
             mistakes.append("`early_stopping` needs `eval_every`, the number of steps between evaluations")
+        if self.lose_at_most is not None and self.save_every != type(self).model_fields["save_every"].default:
+            mistakes.append("takes `save_every` or `lose_at_most`, not both")
+        by_time = isinstance(self.save_every, str) or self.lose_at_most is not None
+        if by_time and "rollback" in (self.divergence.nan, self.divergence.spike):
+            mistakes.append("`divergence: rollback` needs `save_every` as a number of steps, so that it is exact")
         if self.schedule.name == "plateau" and self.eval_every is None:
             mistakes.append("`schedule: plateau` needs `eval_every`, the number of steps between evaluations")
         if mistakes:

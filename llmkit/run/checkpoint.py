@@ -1,15 +1,23 @@
-"""Checkpoints: written aside, synced, given a manifest with checksums, and renamed into place.
+"""Checkpoints: written aside, synced, read back, given a manifest with checksums, and renamed into place.
 
 A checkpoint holds the trainable weights (the frozen ones are the parent's, which the fingerprint pins), the optimizer's
 state, the training state, the random state of each process, and the best weights so far. Nothing is pickled.
+
+    checkpoints/step-00000120/           published: whole, or damaged after it was written
+    checkpoints/.step-00000120.PID.tmp   being written, or left by a process that was killed
+    checkpoints/.step-00000120.PID.old   one that another takes the place of; put back if that did not happen
+    checkpoints/unused-step-00000120/    set aside, because it was damaged or of other inputs
 """
 
 from __future__ import annotations
 
 import os
+import re
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +25,16 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from llmkit.errors import ArtifactError
-from llmkit.files import digest_file, read_json, sync_folder, write_json
+from llmkit import __version__
+from llmkit.errors import ArtifactError, ResourceError
+from llmkit.files import digest_file, json_text, read_json, sync_file, sync_folder, write_json
 
 FORMAT = 1
+BEST, MANIFEST, STATE = "best.safetensors", "manifest.json", "state.json"
+_TENSORS = ("weights.safetensors", "optimizer.safetensors")
+_REQUIRED = {*_TENSORS, STATE}
+_NAME = re.compile(r"step-\d{8,18}", re.ASCII)
+_MANIFEST_BYTES = 2**20  # more is no manifest of ours
 
 
 @dataclass(frozen=True)
@@ -32,33 +46,256 @@ class Checkpoint:
     optimizer_values: dict[str, Any]
     state: dict[str, Any]
     best_weights: Path | None = None
+    fingerprint: str = ""
+    step: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        """What its tensors take, without the best weights."""
+        return sum(tensor.nbytes for tensors in (self.weights, self.optimizer_tensors) for tensor in tensors.values())
+
+    def copied(self) -> Checkpoint:
+        """The same with tensors of its own, which training does not change."""
+        weights, moments = (
+            {name: tensor.clone() for name, tensor in tensors.items()}
+            for tensors in (self.weights, self.optimizer_tensors)
+        )
+        return replace(self, weights=weights, optimizer_tensors=moments)
 
 
-def write_checkpoint(folder: Path, step: int, fingerprint: str, checkpoint: Checkpoint, *, keep: int) -> Path:
-    """Publishes `folder/step-XXXXXXXX` and then deletes all but the newest `keep`. One process calls it."""
-    target = folder / f"step-{step:08d}"
-    aside = folder / f".{target.name}.{os.getpid()}.tmp"
-    for unfinished in folder.glob(".step-*"):  # of a process that was killed
-        shutil.rmtree(unfinished)
-    aside.mkdir(parents=True)
-    save_file(checkpoint.weights, aside / "weights.safetensors")
-    save_file(checkpoint.optimizer_tensors, aside / "optimizer.safetensors")
-    if checkpoint.best_weights is not None:
-        link_file(checkpoint.best_weights, aside / "best.safetensors")
-    write_json(aside / "state.json", {"optimizer": checkpoint.optimizer_values, "train": checkpoint.state})
-    for path in aside.iterdir():
-        _sync_file(path)
-    files = {p.name: {"bytes": p.stat().st_size, "sha256": digest_file(p)} for p in sorted(aside.iterdir())}
-    write_json(aside / "manifest.json", {"format": FORMAT, "step": step, "fingerprint": fingerprint, "files": files})
-    if target.exists():
-        shutil.rmtree(target)
-    aside.rename(target)
-    sync_folder(folder)
-    for old in _published(folder)[keep:]:
-        doomed = old.with_name(f".{old.name}.{os.getpid()}.old")
-        old.rename(doomed)
-        shutil.rmtree(doomed)
-    return target
+@dataclass
+class Checkpoints:
+    """The checkpoints of one training, in `folder`. One process writes; all may read.
+
+    The newest `keep` stay, each whose step is a multiple of `keep_every`, and the newest at a step to roll back to. An older
+    one goes once a newer one is published, synced and read back.
+    """
+
+    folder: Path
+    fingerprint: str
+    keep: int = 2
+    keep_every: int | None = None
+    accepted: Sequence[str] = ()  # fingerprints of other inputs whose checkpoints may be read
+    is_anchor: Callable[[int], bool] = lambda step: False  # steps to roll back to
+    seconds: float = 0.0  # that the slowest so far took to write
+    _writer: threading.Thread | None = field(default=None, init=False)
+    _failure: BaseException | None = field(default=None, init=False)
+
+    def rehearse(self, nbytes: int) -> None:
+        """Publishes, reads and deletes a checkpoint without tensors. Raises ResourceError when that or so many bytes fail."""
+        place = self.folder / ".step-rehearsal"
+        try:
+            place.mkdir(parents=True, exist_ok=True)
+            trial = Checkpoints(place, self.fingerprint)
+            trial.write(0, Checkpoint({}, {}, {}, {}))
+            whole = trial.newest(lambda text: None) is not None
+            shutil.rmtree(place)
+            free = shutil.disk_usage(self.folder).free
+        except (OSError, SafetensorError) as error:
+            raise ResourceError(
+                "checkpoints cannot be written",
+                got=str(error),
+                expected="a folder to write to",
+                hint="free some space, look at the permissions, or choose another -o",
+                where=self.folder,
+            ) from None
+        if not whole:
+            raise ResourceError("what is written here cannot be read again", got="other bytes", where=self.folder)
+        wanted = (min(self.keep, 2) + 1) * nbytes  # one that is being written beside those that are kept
+        if free + self._used() < wanted:
+            raise ResourceError(
+                "there is not enough disk space for checkpoints",
+                got=f"{free / 1e9:,.2f} GB",
+                expected=f"{wanted / 1e9:,.2f} GB: {min(self.keep, 2)} checkpoints, and one that is being written",
+                hint="free some space, choose another -o, or set keep_checkpoints: 1",
+                where=self.folder,
+            )
+
+    def write(self, step: int, checkpoint: Checkpoint) -> Path:
+        """Publishes `step-XXXXXXXX` and then deletes those that need not be kept. Raises OSError and SafetensorError."""
+        self.wait()
+        return self._publish(self._begin(step, checkpoint.best_weights), step, checkpoint)
+
+    def write_behind(self, step: int, checkpoint: Checkpoint) -> None:
+        """The same in a thread, from tensors that no one changes; what fails there is raised by `wait`."""
+        self.wait()
+        aside = self._begin(step, checkpoint.best_weights)
+
+        def work() -> None:
+            try:
+                self._publish(aside, step, checkpoint)
+            except BaseException as error:
+                self._failure = error
+
+        # Not one of a pool, for whose threads the interpreter waits: a second Ctrl-C ends it in the middle of a file.
+        self._writer = threading.Thread(target=work, name="llmkit-checkpoint", daemon=True)
+        self._writer.start()
+
+    @property
+    def is_writing(self) -> bool:
+        """True while a checkpoint is written behind."""
+        return self._writer is not None and self._writer.is_alive()
+
+    def wait(self) -> bool:
+        """Waits for what is written behind; True when there was anything. Raises what made it fail, once."""
+        writer, self._writer = self._writer, None
+        if writer is not None:
+            writer.join()
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            raise failure
+        return writer is not None
+
+    def newest(
+        self,
+        warn: Callable[[str], None],
+        check: Callable[[Checkpoint], None] = lambda found: None,
+        *,
+        anchors: bool = False,
+    ) -> Checkpoint | None:
+        """The newest checkpoint whose checksums hold and that passes `check`, or None; of anchors only, if wanted.
+
+        One that is damaged, of other inputs, or refused with ArtifactError is set aside and named to `warn`, and the one
+        before it is taken.
+        """
+        self._put_back()
+        for path in published(self.folder):
+            if anchors and not self.is_anchor(step_of(path)):
+                continue
+            try:
+                found = self._read(path)
+                check(found)
+            except ArtifactError as error:
+                aside = path.with_name(f"unused-{path.name}")
+                why = ": ".join(text for text in (error.what, error.got) if text)
+                warn(f"checkpoint {path} is not used ({why}); it was moved to {aside.name}")
+                _remove(aside)
+                path.rename(aside)
+            else:
+                return found
+        return None
+
+    def _begin(self, step: int, best: Path | None) -> Path:
+        """A folder to write into, with the best weights as they are at this moment."""
+        self._put_back()
+        for unfinished in self.folder.glob(".step-*"):  # of a process that was killed
+            _remove(unfinished)
+        aside = self.folder / f".step-{step:08d}.{os.getpid()}.tmp"
+        aside.mkdir(parents=True)
+        try:
+            if best is not None:
+                link_file(best, aside / BEST)
+                if not best.samefile(aside / BEST) and digest_file(best) != digest_file(aside / BEST):
+                    raise OSError(f"{BEST} reads as other bytes than were written")
+        except OSError:
+            _remove(aside)
+            raise
+        return aside
+
+    def _publish(self, aside: Path, step: int, checkpoint: Checkpoint) -> Path:
+        started, target = time.monotonic(), self.folder / f"step-{step:08d}"
+        try:
+            for name, tensors in zip(_TENSORS, (checkpoint.weights, checkpoint.optimizer_tensors), strict=True):
+                save_file(tensors, aside / name)
+                sync_file(aside / name)
+                if not _same(_load(aside / name), tensors):
+                    raise OSError(f"{name} reads as other numbers than were written")
+            state = {"optimizer": checkpoint.optimizer_values, "train": checkpoint.state}
+            write_json(aside / STATE, state)
+            if (aside / STATE).read_text(encoding="utf-8") != json_text(state):
+                raise OSError(f"{STATE} reads as another text than was written")
+            if (aside / BEST).exists():
+                _load(aside / BEST)  # these may be the only copy
+                sync_file(aside / BEST)
+            files = {p.name: {"bytes": p.stat().st_size, "sha256": digest_file(p)} for p in sorted(aside.iterdir())}
+            about = {"format": FORMAT, "llmkit": __version__, "step": step, "fingerprint": self.fingerprint}
+            write_json(aside / MANIFEST, about | {"files": files})
+        except BaseException:
+            shutil.rmtree(aside, ignore_errors=True)  # a full disk gets its space back
+            raise
+        if target.exists():
+            target.rename(aside.with_suffix(".old"))
+        aside.rename(target)
+        sync_folder(self.folder)
+        _remove(aside.with_suffix(".old"))
+        self._delete_old()
+        self.seconds = max(self.seconds, time.monotonic() - started)
+        return target
+
+    def _delete_old(self) -> None:
+        there = published(self.folder)
+        anchor = next((path for path in there if self.is_anchor(step_of(path))), None)
+        for old in there[self.keep :]:
+            if old != anchor and (self.keep_every is None or step_of(old) % self.keep_every):
+                doomed = old.with_name(f".{old.name}.{os.getpid()}.tmp")
+                old.rename(doomed)
+                shutil.rmtree(doomed)
+
+    def _put_back(self) -> None:
+        """Undoes a replacement that a kill cut in two."""
+        for old in self.folder.glob(".step-*.old"):
+            target = self.folder / old.name.split(".")[1]
+            if not target.exists():
+                old.rename(target)
+
+    def _used(self) -> int:
+        return sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
+
+    def _read(self, path: Path) -> Checkpoint:
+        """Checks a checkpoint against its manifest and reads it. Raises ArtifactError."""
+        manifest = checked_manifest(path)
+        fingerprint = manifest.get("fingerprint")
+        if fingerprint not in (self.fingerprint, *self.accepted):
+            raise ArtifactError("it belongs to other inputs", got=fingerprint, expected=self.fingerprint)
+        state = read_json(path / STATE)
+        if not (isinstance(state, dict) and all(isinstance(state.get(key), dict) for key in ("optimizer", "train"))):
+            raise ArtifactError("its state is no state of a training", where=path / STATE)
+        try:
+            weights, optimizer = (load_file(path / name) for name in _TENSORS)
+        except (SafetensorError, MemoryError) as error:
+            raise ArtifactError("a file is no safetensors file", got=str(error), where=path) from None
+        for name, tensor in [*weights.items(), *optimizer.items()]:
+            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                raise ArtifactError("numbers in it are not finite", got=name, where=path)
+        best = path / BEST if BEST in manifest["files"] else None
+        return Checkpoint(weights, optimizer, state["optimizer"], state["train"], best, fingerprint, step_of(path))
+
+
+def published(folder: Path) -> list[Path]:
+    """The published checkpoints of a folder, newest first."""
+    named = (path for path in folder.glob("step-*") if _NAME.fullmatch(path.name))
+    return sorted((path for path in named if path.is_dir() and not path.is_symlink()), key=step_of, reverse=True)
+
+
+def step_of(path: Path) -> int:
+    """The step of a published checkpoint."""
+    return int(path.name.removeprefix("step-"))
+
+
+def checked_manifest(path: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint whose files are those that it names, byte for byte. Raises ArtifactError."""
+    file = path / MANIFEST
+    if file.is_symlink() or not file.is_file() or file.stat().st_size > _MANIFEST_BYTES:
+        raise ArtifactError("it has no manifest", got="no file of less than a megabyte", where=file)
+    manifest = read_json(file)
+    known = manifest if isinstance(manifest, dict) else {}
+    if type(known.get("format")) is not int or known["format"] != FORMAT:
+        made_by = f"format {known.get('format')} of llmkit {known.get('llmkit')}"
+        raise ArtifactError("another checkpoint format", got=made_by[:200], expected=f"format {FORMAT}", where=path)
+    if known.get("step") != step_of(path):
+        raise ArtifactError("it is of another step than its name says", got=str(known.get("step"))[:100], where=path)
+    files = known.get("files")
+    if not isinstance(files, dict) or set(files) - {BEST} != _REQUIRED:
+        raise ArtifactError("its manifest names other files", got=str(files)[:200], where=path)
+    for name, entry in files.items():
+        part = path / name
+        if not isinstance(entry, dict):
+            raise ArtifactError("its manifest is damaged", got=str(entry)[:100], where=path)
+        if part.is_symlink() or not part.is_file() or part.stat().st_size != entry.get("bytes"):
+            raise ArtifactError("a file is cut short or missing", got=name, where=path)
+        if digest_file(part) != entry.get("sha256"):
+            raise ArtifactError("a checksum does not hold", got=name, where=path)
+    return known
 
 
 def link_file(source: Path, target: Path) -> None:
@@ -72,23 +309,6 @@ def link_file(source: Path, target: Path) -> None:
     aside.replace(target)
 
 
-def read_newest(folder: Path, fingerprint: str, warn: Callable[[str], None]) -> Checkpoint | None:
-    """The newest checkpoint whose checksums hold, or None.
-
-    One that is damaged or of other inputs is set aside and named to `warn`, and the one before it is taken.
-    """
-    for path in _published(folder):
-        try:
-            return _read(path, fingerprint)
-        except ArtifactError as error:
-            aside = path.with_name(f"unused-{path.name}")
-            warn(f"checkpoint {path} is not used ({error.what}: {error.got}); it was moved to {aside.name}")
-            if aside.exists():
-                shutil.rmtree(aside)
-            path.rename(aside)
-    return None
-
-
 def optimizer_to_parts(optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """An optimizer's state as named tensors and JSON values: `3.exp_avg` is of parameter number 3."""
     state = optimizer.state_dict()
@@ -100,7 +320,7 @@ def optimizer_to_parts(optimizer: torch.optim.Optimizer) -> tuple[dict[str, torc
             else:
                 values[f"{number}.{key}"] = value
     groups = [{k: v for k, v in group.items() if not isinstance(v, torch.Tensor)} for group in state["param_groups"]]
-    return tensors, {"state": values, "groups": groups}
+    return tensors, {"kind": type(optimizer).__name__, "state": values, "groups": groups}
 
 
 def optimizer_from_parts(
@@ -116,37 +336,31 @@ def optimizer_from_parts(
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
-def _read(path: Path, fingerprint: str) -> Checkpoint:
-    """Checks a checkpoint against its manifest and reads it. Raises ArtifactError."""
-    manifest = read_json(path / "manifest.json")
-    if manifest.get("format") != FORMAT:
-        raise ArtifactError("another checkpoint format", got=manifest.get("format"), expected=str(FORMAT), where=path)
-    if manifest.get("fingerprint") != fingerprint:
-        raise ArtifactError("it belongs to other inputs", got=manifest.get("fingerprint"), expected=fingerprint)
-    expected = {"weights.safetensors", "optimizer.safetensors", "state.json"}
-    if set(manifest.get("files", {})) - {"best.safetensors"} != expected:
-        raise ArtifactError("its manifest names other files", got=sorted(manifest.get("files", {})), where=path)
-    for name, entry in manifest["files"].items():
-        file = path / name
-        if not file.is_file() or file.stat().st_size != entry.get("bytes"):
-            raise ArtifactError("a file is cut short or missing", got=name, where=path)
-        if digest_file(file) != entry.get("sha256"):
-            raise ArtifactError("a checksum does not hold", got=name, where=path)
-    state = read_json(path / "state.json")
+def _load(path: Path) -> dict[str, torch.Tensor]:
+    """Raises OSError for all that a disk can do; PyTorch raises RuntimeError when there are no file handles left."""
     try:
-        weights = load_file(path / "weights.safetensors")
-        optimizer = load_file(path / "optimizer.safetensors")
-    except SafetensorError as error:
-        raise ArtifactError("a file is damaged", got=str(error), where=path) from None
-    best = path / "best.safetensors" if "best.safetensors" in manifest["files"] else None
-    return Checkpoint(weights, optimizer, state["optimizer"], state["train"], best)
+        return load_file(path)
+    except (SafetensorError, RuntimeError) as error:
+        raise OSError(f"{path.name} cannot be read again: {error}") from None
 
 
-def _published(folder: Path) -> list[Path]:
-    """The published checkpoints of a folder, newest first."""
-    return sorted(folder.glob("step-*"), reverse=True)
+def _same(found: dict[str, torch.Tensor], given: dict[str, torch.Tensor]) -> bool:
+    """True for the same names and bits."""
+
+    def bits(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.contiguous().reshape(-1).view(torch.uint8)
+
+    def pairs() -> Iterator[bool]:
+        for name, tensor in given.items():
+            other = found[name]
+            yield (other.dtype, other.shape) == (tensor.dtype, tensor.shape) and torch.equal(bits(other), bits(tensor))
+
+    return found.keys() == given.keys() and all(pairs())
 
 
-def _sync_file(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+def _remove(path: Path) -> None:
+    """Deletes a file or folder that may not be there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -10,7 +10,10 @@ import importlib.metadata
 import os
 import platform
 import shutil
+import socket
 import subprocess
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,10 +22,13 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from llmkit import __version__
-from llmkit.errors import ResourceError, UsageError
+from llmkit.errors import LlmkitError, ResourceError, UsageError
 from llmkit.files import digest_json, read_json, write_atomically, write_json
 from llmkit.run.reporter import Reporter, SilentReporter
+from llmkit.run.seals import holds, seal
 
+_LOOKED_AT = 0.2  # seconds that `llmkit runs` may hold a lock at most, to see whether it is free
+_LETTING_GO = 30.0  # seconds until the lock of a process that has ended is free
 _PACKAGES = ("torch", "transformers", "datasets", "accelerate", "tokenizers", "safetensors", "numpy")
 
 
@@ -31,7 +37,8 @@ class Artifact:
     """What a stage leaves behind.
 
     `content` is the digest of what later stages read; a stage that ran again and made the same bytes changes nothing
-    for them. `files` are the files, relative to the run, that must still be there for the stage to count as done.
+    for them. `files` are the files, relative to the run, that must be unchanged for the stage to count as done; the
+    `checksums` of those that are known need not be computed again.
     `disposable` is what only served to make the artifact; it is deleted once run.json says that the stage is done.
     """
 
@@ -42,6 +49,7 @@ class Artifact:
     metrics: dict[str, Any] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
     disposable: tuple[Path, ...] = ()
+    checksums: Mapping[str, str] = field(default_factory=dict)  # SHA-256 by name relative to the run
 
 
 class Run:
@@ -60,6 +68,7 @@ class Run:
         self.reporter = reporter
         self._lock = lock
         self._recipe_text = recipe_text
+        self.deadline: float | None = None  # of `time.monotonic`: when the command has to be over
 
     @classmethod
     def open(
@@ -75,12 +84,12 @@ class Run:
         _refuse_foreign(path, name)
         try:
             path.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(path / ".lock", blocking=False)
+            lock = FileLock(path / ".lock", timeout=_LOOKED_AT)
             lock.acquire()
         except Timeout:
             raise ResourceError(
                 "the run directory is in use",
-                got=path,
+                got=f"{path}{_owner(path)}",
                 expected="one llmkit at a time in a run",
                 hint="wait, or use -o",
             ) from None
@@ -91,9 +100,16 @@ class Run:
                 where=path,
                 hint="choose another -o",
             ) from None
+        for left in [*path.glob(".*.tmp"), *path.glob("*/.*.tmp")]:  # by processes that were killed
+            if left.is_file():
+                left.unlink()
         known = read_json(path / "run.json") if (path / "run.json").exists() else {}
         record = {"name": name, "created": _now(), "stages": {}, "guesses": {}} | known | _surroundings()
+        record["process"] = {"pid": os.getpid(), "host": socket.gethostname(), "started": _now()}
         run = cls(path, record, reporter or SilentReporter(), lock, recipe_text)
+        for stage, entry in run.record["stages"].items():
+            if entry.get("disposable"):  # left by a process that was killed
+                run._dispose(stage)
         if not (path / "recipe.yaml").exists():
             write_atomically(path / "recipe.yaml", recipe_text)
         run.save()
@@ -111,13 +127,30 @@ class Run:
         if self._lock is not None:
             self._lock.release()
 
+    @contextmanager
+    def left_alone(self) -> Iterator[None]:
+        """While entered, other processes may open the run and its recipe; after that, this one has read what they left."""
+        self._write_recipe()
+        self.close()
+        try:
+            yield
+        finally:
+            if self._lock is not None:
+                self._lock.acquire(timeout=_LETTING_GO)
+            self._write_recipe()
+            self.reload()
+
+    def _write_recipe(self) -> None:
+        if self._recipe_text is not None:
+            write_atomically(self.path / "recipe.yaml", self._recipe_text)
+
     def save(self) -> None:
         """Writes run.json; does nothing in a process that only reads."""
         if self._lock is not None:
             write_json(self.path / "run.json", self.record)
 
     def reload(self) -> None:
-        """Reads run.json again, in a process that only reads."""
+        """Reads run.json again."""
         self.record = read_json(self.path / "run.json")
 
     def folder(self, stage: str) -> Path:
@@ -130,25 +163,30 @@ class Run:
         return found
 
     def is_done(self, stage: str) -> bool:
-        """True when a stage has finished and its files still have the sizes that they had."""
+        """True when a stage has finished and its files are still what they were."""
         entry = self.stage(stage)
         return entry.get("state") == "done" and not self.missing_files(stage)
 
     def missing_files(self, stage: str) -> list[str]:
-        """The files of a finished stage that are gone or have another size."""
-        sizes = self.stage(stage).get("files", {})
-        return [name for name, size in sizes.items() if not _has_size(self.path / name, size)]
+        """The files of a finished stage that are gone or changed."""
+        seals = self.stage(stage).get("files", {})
+        return [name for name, expected in seals.items() if not holds(self.path / name, expected)]
 
     def start(self, stage: str, inputs: dict[str, Any], *, keep: bool) -> Path:
-        """Notes that a stage starts and gives its folder: a fresh one, or with `keep` the one that is there."""
-        folder = self.folder(stage)
+        """Notes that a stage starts and gives its folder: a fresh one, or with `keep` the one that is there.
+
+        What is kept from other inputs may be gone on from: run.json names their fingerprints under `accepts`.
+        """
+        folder, before = self.folder(stage), self.stage(stage)
         if not keep and folder.exists():
             self._put_aside(stage)
         folder.mkdir(parents=True, exist_ok=True)
         entry = {"state": "running", "started": _now(), "fingerprint": digest_json(inputs), "inputs": inputs}
+        accepts = {*before.get("accepts", ()), before.get("fingerprint")} - {entry["fingerprint"], None}
+        if keep and accepts:
+            entry["accepts"] = sorted(accepts)
         self.record["stages"][stage] = entry
-        if self._recipe_text is not None:
-            write_atomically(self.path / "recipe.yaml", self._recipe_text)
+        self._write_recipe()
         self.save()
         return folder
 
@@ -158,22 +196,37 @@ class Run:
             state="done",
             seconds=round(seconds, 2),
             content=artifact.content,
-            files={name: (self.path / name).stat().st_size for name in artifact.files},
+            files={name: seal(self.path / name, artifact.checksums.get(name)) for name in artifact.files},
             metrics=artifact.metrics,
             facts=artifact.facts,
+            disposable=[str(path.relative_to(self.path)) for path in artifact.disposable],
         )
         self.save()
-        for path in artifact.disposable:
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
+        self._dispose(artifact.stage)
+
+    def _dispose(self, stage: str) -> None:
+        """Deletes what a finished stage needs no more, each in one step; run.json names it until it is gone."""
+        entry = self.stage(stage)
+        for name in entry.pop("disposable", ()):
+            path = self.path / name
+            doomed = path.with_name(f".{path.name}.tmp")
+            for each in (doomed, path):
+                if each.exists() and each.resolve().is_relative_to(self.path.resolve()):
+                    each = each.rename(doomed) if each is path else each
+                    shutil.rmtree(each) if each.is_dir() else each.unlink()
+        self.save()
+
+    def note(self, stage: str, **facts: Any) -> None:
+        """Keeps something about a stage that is running."""
+        self.stage(stage).update(facts)
+        self.save()
 
     def note_state(self, stage: str, state: str) -> None:
-        """Notes that a stage was stopped or failed."""
+        """Notes that a stage was stopped or failed, if the disk takes it: why it did is told in any case."""
         if self.stage(stage):
             self.stage(stage)["state"] = state
-            self.save()
+            with suppress(OSError):
+                self.save()
 
     def guess(self, key: str, value: Any, source: str) -> None:
         """Tells the user about a value that was chosen for them, and keeps it with its source in run.json."""
@@ -206,7 +259,7 @@ def _refuse_foreign(path: Path, name: str) -> None:
     if not path.exists() or not any(path.iterdir()):
         return
     if not (path / "run.json").exists():
-        if {item.name for item in path.iterdir()} <= {".lock", "recipe.yaml", "error.log"}:
+        if {item.name for item in path.iterdir()} <= {".lock", "recipe.yaml", "error.log", "launch"}:
             return
         raise UsageError(
             "the folder is not a run directory",
@@ -225,8 +278,13 @@ def _refuse_foreign(path: Path, name: str) -> None:
         )
 
 
-def _has_size(path: Path, size: int) -> bool:
-    return path.is_file() and path.stat().st_size == size
+def _owner(path: Path) -> str:
+    """Who holds a run, as far as run.json tells."""
+    try:
+        owner = read_json(path / "run.json")["process"]
+    except (LlmkitError, KeyError):
+        return ""
+    return f", by process {owner['pid']} on {owner['host']} since {owner['started']}"
 
 
 def _now() -> str:

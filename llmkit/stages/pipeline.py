@@ -11,7 +11,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -19,11 +19,19 @@ from types import FrameType
 from typing import Any
 
 from llmkit import catalog
-from llmkit.errors import ArtifactError, InterruptedByUserError, LlmkitError, ResourceError, StoppedError
+from llmkit.errors import (
+    ArtifactError,
+    InterruptedByUserError,
+    LlmkitError,
+    ResourceError,
+    StoppedError,
+    UsageError,
+)
 from llmkit.files import digest_json
 from llmkit.recipe.schema import STAGES, Recipe
 from llmkit.run.directory import Run
 from llmkit.stages.base import Stage
+from llmkit.stages.tracking import send_scores
 
 _LONGEST_WAIT = timedelta(hours=12)
 
@@ -51,21 +59,35 @@ def stages_for(recipe: Recipe, target: str | None) -> tuple[str, ...]:
     return tuple(name for name in STAGES if name in wanted)
 
 
-def run_stages(recipe: Recipe, run: Run, target: str | None, *, resume: bool = True) -> list[Decision]:
+def run_stages(
+    recipe: Recipe,
+    run: Run,
+    target: str | None,
+    *,
+    resume: bool = True,
+    anyway: bool = False,
+    launch: Callable[[str], None] | None = None,
+) -> list[Decision]:
     """Runs what has to run. With a `target`, another stage that trains is not started for it, but asked for.
 
+    A training that was begun with other inputs is not gone on with, but `anyway`, from what of it fits. `launch` runs the
+    command of a stage that trains in processes of its own; all that is not training is done here, before and after.
     Raises what the stages raise, StoppedError and InterruptedByUserError. run.json says where things stand in any case.
     """
     processes = _Processes()
     decisions = []
     run.record |= {"seed": recipe.seed, "parent": recipe.model}
-    with _stop_by_signal():
+    with _stop_by_signal(run.deadline):
         for name in stages_for(recipe, target):
             stage = _stage(name)
-            decision, inputs = processes.decide(lambda s=stage: _decide(s, recipe, run, target, resume))
+            decision, inputs = processes.decide(lambda s=stage: _decide(s, recipe, run, target, resume, anyway))
             decisions.append(decision)
             if not decision.runs:
                 run.reporter.stage(name, "unchanged", decision.why)
+                continue
+            if launch is not None and stage.distributed:  # which says itself that it runs
+                with run.left_alone():
+                    launch(name)
                 continue
             run.reporter.stage(name, "running", decision.why)
             started = time.monotonic()
@@ -76,12 +98,15 @@ def run_stages(recipe: Recipe, run: Run, target: str | None, *, resume: bool = T
                 artifact = stage.run(recipe, run) if processes.lead or stage.distributed else None
             if artifact is not None and processes.lead:
                 run.finish(artifact, time.monotonic() - started)
+                send_scores(recipe, run, artifact)
                 run.reporter.stage(name, "done", f"{time.monotonic() - started:.1f} s")
             processes.meet(run)
     return decisions
 
 
-def decide_all(recipe: Recipe, run: Run, target: str | None, *, resume: bool = True) -> list[Decision]:
+def decide_all(
+    recipe: Recipe, run: Run, target: str | None, *, resume: bool = True, anyway: bool = False
+) -> list[Decision]:
     """What `run_stages` would do, without doing it."""
     decisions: list[Decision] = []
     for name in stages_for(recipe, target):
@@ -90,7 +115,7 @@ def decide_all(recipe: Recipe, run: Run, target: str | None, *, resume: bool = T
         if before:
             decisions.append(Decision(name, True, f"{' and '.join(before)} will run before it"))
         else:
-            decisions.append(_decide(stage, recipe, run, target, resume)[0])
+            decisions.append(_decide(stage, recipe, run, target, resume, anyway)[0])
     return decisions
 
 
@@ -100,7 +125,7 @@ def _stage(name: str) -> Stage:
 
 
 def _decide(
-    stage: Stage, recipe: Recipe, run: Run, target: str | None, resume: bool
+    stage: Stage, recipe: Recipe, run: Run, target: str | None, resume: bool, anyway: bool
 ) -> tuple[Decision, dict[str, Any]]:
     """Compares a stage's inputs with those that it last ran on."""
     inputs = {"llmkit's own code": stage.version} | stage.inputs(recipe, run)
@@ -121,7 +146,27 @@ def _decide(
             where=run.path,
         )
     goes_on = same and stage.resumes and entry.get("state") != "done"
-    return Decision(stage.name, True, _why(run, stage.name, inputs, same), resume=goes_on), inputs
+    why = _why(run, stage.name, inputs, same)
+    step = _step_reached(run, stage.name) if stage.trains and entry and not same else None
+    if step is not None and not anyway:
+        raise UsageError(
+            f"{stage.name} stands at step {step} of a training with other inputs, which it cannot go on with exactly",
+            got=why,
+            expected="the inputs that it was begun with",
+            hint="undo the change; or --resume-anyway to go on with what fits, or --no-resume to start anew (what there "
+            "is moves to previous/)",
+            where=run.folder(stage.name),
+        )
+    return Decision(stage.name, True, why, resume=goes_on or step is not None), inputs
+
+
+def _step_reached(run: Run, stage: str) -> int | None:
+    """The step of the newest checkpoint of a training that is not finished; None when there is none."""
+    if run.stage(stage)["state"] == "done":
+        return None
+    from llmkit.run.checkpoint import published, step_of
+
+    return max(map(step_of, published(run.folder(stage) / "checkpoints")), default=None)
 
 
 def _why(run: Run, name: str, inputs: dict[str, Any], same: bool) -> str:
@@ -174,6 +219,12 @@ def _lack_of_resources(error: Exception, name: str) -> ResourceError | None:
         return ResourceError(
             "the disk is full", got=text, hint="free some space; the same command then goes on from there"
         )
+    if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE) or "Too many open files" in text:
+        return ResourceError(
+            "there are no file handles left",
+            got=text,
+            hint="raise `ulimit -n`; the same command then goes on from there",
+        )
     if isinstance(error, PermissionError) or getattr(error, "errno", None) == errno.EROFS:
         return ResourceError(
             "a file cannot be written or read", got=text, hint="look at the permissions, or choose another -o"
@@ -182,21 +233,23 @@ def _lack_of_resources(error: Exception, name: str) -> ResourceError | None:
 
 
 @contextmanager
-def _stop_by_signal() -> Iterator[None]:
-    """SIGTERM and SIGUSR1 end a stage that has nothing to save; training takes them over while it lasts."""
+def _stop_by_signal(deadline: float | None) -> Iterator[None]:
+    """SIGTERM, SIGUSR1 and the deadline end a stage that has nothing to save; training takes them over while it lasts."""
 
     def stop(number: int, frame: FrameType | None) -> None:
-        raise StoppedError(
-            f"stopped by {signal.Signals(number).name}", hint="run the same command again to go on from there"
-        )
+        name = "the time limit" if number == signal.SIGALRM else signal.Signals(number).name
+        raise StoppedError(f"stopped by {name}", hint="run the same command again to go on from there")
 
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGALRM)}
     try:
+        if deadline is not None:
+            signal.setitimer(signal.ITIMER_REAL, max(deadline - time.monotonic(), 1e-3))
         yield
     finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in before.items():
             signal.signal(number, handler)
 

@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -32,8 +31,8 @@ from llmkit.stages.pipeline import run_stages
 from llmkit.stages.prefix import foreseen_prefix
 from llmkit.stages.pretrain import STAGE as PRETRAIN
 from llmkit.stages.sizing import Outline, Sizing, available_bytes, size_up
-from llmkit.stages.trained import peak_memory_bytes
 from llmkit.stages.training import accelerator_for, make_fit, regularisation_of
+from llmkit.train.memory import peak_memory_bytes
 
 # What a training reaches of the rate of a large matrix product, seen on the shipped recipes; --measure does not guess.
 _EFFICIENCY = {"cpu": 0.25, "cuda": 0.4}
@@ -66,7 +65,7 @@ class StagePlan:
     seconds_from: str
 
 
-class _OneLength(Sequence[Example]):
+class OneLength(Sequence[Example]):
     """Made-up examples in place of data that are not there: all as long as they may be, everything supervised."""
 
     def __init__(self, length: int) -> None:
@@ -94,14 +93,14 @@ def plan_stages(recipe: Recipe, run: Run, *, measure: bool) -> list[StagePlan]:
 
     stages = [stage for stage in ("pretrain", "finetune") if stage in recipe.plan] or ["finetune"]
     program = peak_memory_bytes() if not torch.cuda.is_available() else 0
-    if _has_data(recipe):
+    if has_data(recipe):
         run_stages(recipe, run, "preprocess")
     elif measure:
         raise RecipeError("there are no data to measure with", expected="`data.train`", where="data.train")
     return [_plan(recipe, run, stage, program, measure=measure) for stage in stages]
 
 
-def _has_data(recipe: Recipe) -> bool:
+def has_data(recipe: Recipe) -> bool:
     """True when the data can be made tokens of: a config alone has no tokenizer."""
     if recipe.data.train is None and (recipe.pretrain is None or recipe.pretrain.data is None):
         return False
@@ -109,7 +108,7 @@ def _has_data(recipe: Recipe) -> bool:
 
 
 def _plan(recipe: Recipe, run: Run, stage: str, program: int, *, measure: bool) -> StagePlan:
-    outline, corpus = _outline(recipe, run, stage)
+    outline, corpus = outline_of(recipe, run, stage)
     available = available_bytes(outline.device) - program
     sizing = size_up(outline, available)
     memory = sizing.memory
@@ -156,12 +155,12 @@ def _loading_bytes(outline: Outline, model: Any) -> int:
     return 4 * numbers_in(model) if packs and outline.device.type == "cpu" else 0
 
 
-def _outline(recipe: Recipe, run: Run, stage: str) -> tuple[Outline, Corpus | None]:
+def outline_of(recipe: Recipe, run: Run, stage: str) -> tuple[Outline, Corpus | None]:
     """The stage's training without its weights, and its corpus where there is one."""
     training: Training | None = getattr(recipe, stage)
     assert training is not None, "the schema asks for a section of each stage"
     name = pretraining_corpora(recipe)[0] if stage == "pretrain" else "train"
-    corpus = corpus_in(run, name) if _has_data(recipe) else None
+    corpus = corpus_in(run, name) if has_data(recipe) else None
     task = task_class(recipe)
     config = _config(recipe, run, stage, corpus)
     exact = str(config.dtype) == "torch.bfloat16"  # asked now: building the model changes it
@@ -178,7 +177,7 @@ def _outline(recipe: Recipe, run: Run, stage: str) -> tuple[Outline, Corpus | No
         frozen=frozen,
         objective=partial(_objective, task, regularisation_of(training)),
         training=training,
-        examples=_OneLength(length) if corpus is None else corpus,
+        examples=OneLength(length) if corpus is None else corpus,
         lengths=np.full(batch, length) if corpus is None else corpus.lengths(task.size_column),
         seed=recipe.seed,
         precision=choose_precision(training.precision, device)[0],
@@ -225,7 +224,7 @@ def _job(recipe: Recipe, run: Run, stage: str) -> TrainingJob:
 def _measured(recipe: Recipe, run: Run, plan: StagePlan, sizing: Sizing) -> StagePlan:
     """The plan with the time that a few real steps, spread over the training, took."""
     job = _job(recipe, run, plan.stage)
-    fit = make_fit(job, accelerator_for(job.training, Path(run.path), plan.stage))
+    fit = make_fit(job, accelerator_for(job.training, plan.stage))
     chosen = np.unique(np.linspace(0, sizing.steps - 1, _MEASURED_STEPS + 1).astype(int)).tolist()
     seconds = tokens = 0.0
     try:
@@ -248,7 +247,7 @@ def _steps(fit: Any, chosen: list[int]) -> Iterator[tuple[float, int]]:
     """Takes steps at the lowest rate; gives the seconds and the tokens of each."""
     for step in chosen:
         started = time.perf_counter()
-        result = fit.stepper.step(step, [0.0] * len(fit.base_rates), fit.state.micro_batch_tokens, False)
+        result = fit.stepper.step(step, [0.0] * len(fit.base_rates), fit.state.micro_batch_tokens)
         yield time.perf_counter() - started, result.tokens
 
 

@@ -28,16 +28,16 @@ def corpus_statistics(corpora: dict[str, Corpus], rows: RecipeRows, rejected: di
         entry = {key: corpus.meta[key] for key in ("rows", "rows_cut", "tokens_cut")}
         entry |= {"examples": len(corpus), "tokens": int(lengths.sum())}
         if "supervised" in corpus.columns:
-            entry["supervised_tokens"] = int(np.sum(corpus.values("supervised")))
+            entry["supervised_tokens"] = _total(corpus, "supervised")
         if len(corpus):
             entry["length_percentiles"] = {str(p): int(np.percentile(lengths, p)) for p in (0, 5, 25, 50, 75, 95, 100)}
             entry["lengths_up_to"] = length_histogram(lengths)
         if "text_bytes" in corpus.columns and entry["supervised_tokens"]:
-            text_bytes = int(np.sum(corpus.values("text_bytes")))
+            text_bytes = _total(corpus, "text_bytes")
             entry["bytes_per_token"] = round(text_bytes / entry["supervised_tokens"], 3)
-        entry["sources"] = _counted(corpus.values("source"), corpus.meta["sources"])
+        entry["sources"] = _counted(corpus, "source", corpus.meta["sources"])
         if "label" in corpus.columns:
-            entry["labels"] = _counted(corpus.values("label"), corpus.meta["settings"]["labels"])
+            entry["labels"] = _counted(corpus, "label", corpus.meta["settings"]["labels"])
         found["corpora"][name] = entry
     return found
 
@@ -61,8 +61,15 @@ def length_histogram(lengths: np.ndarray) -> dict[str, int]:
     return {str(1 << power): int(count) for power, count in enumerate(counts) if count}
 
 
-def _counted(numbers: np.ndarray, names: list[str]) -> dict[str, int]:
-    counts = np.bincount(np.asarray(numbers, np.int64), minlength=len(names))
+def _total(corpus: Corpus, column: str) -> int:
+    return sum(int(np.sum(part)) for part in corpus.chunks(column))
+
+
+def _counted(corpus: Corpus, column: str, names: list[str]) -> dict[str, int]:
+    """How often each name's number stands in a column."""
+    counts = np.zeros(len(names), np.int64)
+    for part in corpus.chunks(column):
+        counts += np.bincount(np.asarray(part, np.int64), minlength=len(names))
     return dict(zip(names, map(int, counts), strict=True))
 
 

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import resource
 import shutil
-import sys
 from typing import Any
 
-import torch
-
 from llmkit import __version__
-from llmkit.files import write_json
+from llmkit.files import sync_folder, sync_tree, write_json
 from llmkit.model.adapters import merged, save_adapter
 from llmkit.stages.job import TrainingJob
 from llmkit.train.loop import Fit
+from llmkit.train.memory import peak_memory_bytes
 from llmkit.train.state import TrainState
 
 
@@ -42,8 +39,10 @@ def save_model(job: TrainingJob, fit: Fit) -> None:
             "peak_lr": job.lr,
         },
     )
+    sync_tree(aside)  # before the checkpoints, which it takes the place of, are deleted
     shutil.rmtree(target, ignore_errors=True)
     aside.rename(target)
+    sync_folder(folder)
 
 
 def training_metrics(state: TrainState, fit: Fit) -> dict[str, Any]:
@@ -53,6 +52,7 @@ def training_metrics(state: TrainState, fit: Fit) -> dict[str, Any]:
         "train_loss": state.train_loss,
         "eval_loss": state.best_loss if fit.training.keep == "best" else state.eval_loss,
         "train_seconds": round(state.seconds, 3),
+        "save_seconds": round(state.save_seconds, 3),
         "train_tokens": state.tokens,
         "supervised_tokens": state.supervised,
         "tokens_per_second": round(state.tokens_per_second, 1),
@@ -60,15 +60,8 @@ def training_metrics(state: TrainState, fit: Fit) -> dict[str, Any]:
         "padding_share": round(max(0.0, 1 - state.tokens / state.computed), 4) if state.computed else None,
         "peak_memory_bytes": peak_memory_bytes(),
         "best_step": state.best_step,
+        "refused_steps": state.refused_steps,
     }
-
-
-def peak_memory_bytes() -> int:
-    """The most memory that was in use at once: of the GPU when there is one, else of this process."""
-    if torch.cuda.is_available():
-        return int(torch.cuda.max_memory_allocated())
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def group_rows(groups: list[dict[str, Any]]) -> list[tuple[Any, ...]]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
 
+from llmkit.data.corpus import Example
+from llmkit.data.states import STATES
 from llmkit.errors import RecipeError, did_you_mean
 from llmkit.model.folder import weights_digest
 from llmkit.model.groups import RateRule, Rates, parameter_groups
@@ -23,10 +25,12 @@ from llmkit.stages.prefix import known_prefix
 from llmkit.stages.prefix_cache import PrefixCache
 from llmkit.stages.sizing import Outline, Sizing, available_bytes, shape_computation, size_up
 from llmkit.stages.streaming import streamed_examples
+from llmkit.stages.tracking import config_of, tracking_of
 from llmkit.stages.trained import group_rows, save_model, training_metrics
 from llmkit.tasks.base import Regularisation
 from llmkit.train.allocator import give_back_freed_memory, keep_freed_memory
 from llmkit.train.hooks import Hook
+from llmkit.train.hooks.heartbeat import HeartbeatHook
 from llmkit.train.hooks.metrics_log import MetricsLogHook
 from llmkit.train.hooks.progress import ProgressHook
 from llmkit.train.hooks.trackers import TrackersHook
@@ -39,10 +43,11 @@ from llmkit.train.thaw import Thaw, groups_by_thaw, thaws_at
 def train_and_save(job: TrainingJob) -> tuple[Artifact, Fit]:
     """Trains, and leaves `model/`, a Transformers folder with `llmkit.json` beside the weights."""
     run, folder = job.run, job.run.folder(job.stage)
-    accelerator = accelerator_for(job.training, folder, job.stage)
+    accelerator = accelerator_for(job.training, job.stage)
     fit = make_fit(job, accelerator)
     if fit.resume():
         run.reporter.stage(job.stage, "resumed", f"going on after step {fit.state.step} of {fit.total_steps}")
+    run.note(job.stage, total_steps=fit.total_steps)
     state = fit.run(_hooks(job, fit, accelerator))
     fit.release()
     give_back_freed_memory()
@@ -117,6 +122,10 @@ def make_fit(job: TrainingJob, accelerator: Any) -> Fit:
         frozen_dropout=job.freezes is None or job.freezes.dropout,
         thaws=thaws,
         note=run.reporter.note,
+        describe=partial(_described, job.task.tokenizer),
+        deadline=run.deadline,
+        save_behind=_has_room_for_copy(masters, training, sizing, device),
+        accepted=run.stage(job.stage).get("accepts", ()),
         state=TrainState(micro_batch_tokens=sizing.micro_batch_tokens),
     )
 
@@ -132,6 +141,21 @@ def _data(
         return objective, job.train, job.held_out
     cache = PrefixCache(job.freezes, job.run, objective, job.model, job.task.size_column, precision, accelerator)
     return known_prefix(cache, job.training, sizing.order, sizing.steps, thaws, (job.train, job.held_out))
+
+
+def _described(tokenizer: Any, example: Example) -> dict[str, Any]:
+    """An example for people: its text, and its columns as they are."""
+    columns = {name: value.tolist() if hasattr(value, "tolist") else value for name, value in example.items()}
+    columns.pop(STATES, None)
+    return {"text": tokenizer.decode(example["input_ids"])} | columns
+
+
+def _has_room_for_copy(masters: Masters, training: Training, sizing: Sizing, device: torch.device) -> bool:
+    """True when the machine holds a copy of what a checkpoint saves beside all that training takes."""
+    states = 3 if training.ema is None else 4  # the weights, two moments of each, and the average
+    copy = states * sum(tensor.nbytes for tensor in masters.saved().values())
+    taken = sizing.memory.total if device.type == "cpu" else 0
+    return taken + copy < available_bytes(torch.device("cpu"))
 
 
 def rates_of(training: Training, lr: float) -> Rates:
@@ -177,8 +201,8 @@ def _sizing(job: TrainingJob, precision: str, accelerator: Any) -> Sizing:
     return sizing
 
 
-def accelerator_for(training: Training, folder: Path, stage: str) -> Any:
-    """An Accelerator with the recipe's trackers; it knows of processes and devices, precision is the stepper's."""
+def accelerator_for(training: Training, stage: str) -> Any:
+    """An Accelerator, which knows of processes and devices; precision is the stepper's. Checks the trackers' names."""
     from accelerate import Accelerator
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS
     from accelerate.utils import LoggerType
@@ -197,21 +221,22 @@ def accelerator_for(training: Training, folder: Path, stage: str) -> Any:
     return Accelerator(
         cpu=cpu,
         mixed_precision="no",  # said, because else a launcher's environment would decide
-        log_with=list(training.trackers) or None,
-        project_dir=str(folder),
     )
 
 
 def _hooks(job: TrainingJob, fit: Fit, accelerator: Any) -> list[Hook]:
-    """Logs, progress and trackers; in the first process only, except trackers, which see to that themselves."""
+    """Logs, progress and trackers; in the first process only; signs of life in each of several."""
     hooks: list[Hook] = []
+    if accelerator.num_processes > 1:
+        hooks.append(HeartbeatHook(job.run.folder(job.stage) / f".beat-{accelerator.process_index}"))
     if accelerator.is_main_process:
-        log = MetricsLog(job.run.path / "metrics.jsonl", job.stage, step=fit.state.step)
+        log = MetricsLog(
+            job.run.path / "metrics.jsonl", job.stage, step=fit.state.step, refused=fit.state.refused_steps
+        )
         hooks.append(MetricsLogHook(log, job.training.log_every))
         progress = job.run.reporter.progress(job.stage, fit.total_steps, "steps")
         progress.advance(fit.state.step)
-        hooks.append(ProgressHook(progress))
-    if job.training.trackers:
-        accelerator.init_trackers("trackers", config={"name": job.recipe.name, "learning_rate": job.lr})
-        hooks.append(TrackersHook(accelerator, job.training.log_every))
+        hooks.append(ProgressHook(progress, fit.state.step))
+        opened = tracking_of(job.recipe, job.run, job.stage).open(config_of(job.recipe), step=fit.state.step)
+        hooks.append(TrackersHook(opened, job.training.log_every, job.run.reporter.warn))
     return hooks

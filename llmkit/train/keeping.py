@@ -2,79 +2,142 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from llmkit.errors import ResourceError
 from llmkit.run.checkpoint import (
     Checkpoint,
+    Checkpoints,
     link_file,
     optimizer_from_parts,
     optimizer_to_parts,
-    read_newest,
-    write_checkpoint,
+    published,
+    step_of,
 )
+from llmkit.train.checking import check_checkpoint
 from llmkit.train.masters import Average, Masters
 from llmkit.train.state import TrainState, random_state, restore_random_state
+from llmkit.train.taking_over import fitting_parts
 
 _AVERAGE = "average/"  # before the names of averaged weights in a checkpoint
+_FAILURES = 3  # in a row, after which a training ends
+_WRITING = (OSError, SafetensorError)  # what a disk can do to a checkpoint
 
 
 @dataclass
 class Keeper:
-    """Saves and restores one training, below `folder`; every process must call its methods."""
+    """Saves and restores one training, below `folder`; every process must call its methods.
+
+    With `behind`, checkpoints are copied and written while training goes on; it then takes the memory of a copy.
+    """
 
     accelerator: Any
     folder: Path
-    fingerprint: str
+    checkpoints: Checkpoints
     masters: Masters
     optimizer: torch.optim.Optimizer
     average: Average | None
     scaler: torch.amp.GradScaler | None
-    keep_checkpoints: int
+    warn: Callable[[str], None]
+    behind: bool = False
     saved_step: int | None = None
+    failures: int = 0  # in a row
+    failed: bool = False  # since it was last asked for
 
     @property
     def best_file(self) -> Path:
         """The weights with the lowest held-out loss so far."""
         return self.folder / "best.safetensors"
 
-    def save(self, state: TrainState) -> None:
-        """Publishes a checkpoint of this step."""
+    def rehearse(self) -> int:
+        """Finds out whether checkpoints have place and can be written; gives about how many bytes one will have.
+
+        Raises ResourceError.
+        """
+        weights = sum(tensor.nbytes for tensor in self.masters.saved().values())
+        states = 3 if self.average is None else 4  # the weights, two moments of each, and the average
+        if self.accelerator.is_main_process:
+            self.checkpoints.rehearse(states * weights)
+        return states * weights
+
+    def save(self, state: TrainState, *, at_once: bool = False, before: Callable[[], None] = lambda: None) -> float:
+        """Publishes a checkpoint of this step, behind training unless `at_once`; gives the seconds that training waited.
+
+        `before` has to have worked (the log is on the disk).
+        One that cannot be written is warned of, and the one before it stands; at once, it raises ResourceError.
+        """
         from accelerate.utils import gather_object
 
+        started = time.monotonic()
         random = gather_object([random_state()])
         self.saved_step = state.step
         if not self.accelerator.is_main_process:
+            return time.monotonic() - started
+        self.collect(wait=True)
+        checkpoint = self._checkpoint(state, random)
+        try:
+            before()
+            if at_once or not self.behind:
+                self.checkpoints.write(state.step, checkpoint)
+                self.failures = 0
+            else:
+                self.checkpoints.write_behind(state.step, checkpoint.copied())
+        except _WRITING as error:
+            self._note_failure(error)
+            if at_once:
+                raise self.error(error) from None
+        return time.monotonic() - started
+
+    def collect(self, *, wait: bool = False) -> None:
+        """Takes in how writing behind went, if that has ended, or with `wait` once it has."""
+        if not wait and self.checkpoints.is_writing:
             return
-        tensors, values = optimizer_to_parts(self.optimizer)
-        averaged = self.average.tensors if self.average else {}
-        weights = self.masters.saved() | {_AVERAGE + name: t.cpu().contiguous() for name, t in averaged.items()}
-        scaler = self.scaler.state_dict() if self.scaler else None
-        write_checkpoint(
-            self.folder / "checkpoints",
-            state.step,
-            self.fingerprint,
-            Checkpoint(
-                weights,
-                tensors,
-                values,
-                {"state": state.to_json(), "random": random, "scaler": scaler},
-                self.best_file if state.best_step else None,
-            ),
-            keep=self.keep_checkpoints,
+        try:
+            if self.checkpoints.wait():
+                self.failures = 0
+        except _WRITING as error:
+            self._note_failure(error)
+
+    def take_failure(self) -> bool:
+        """True when saving has failed since this was last asked."""
+        failed, self.failed = self.failed, False
+        return failed
+
+    @property
+    def gave_up(self) -> bool:
+        """True when it is no use to go on without being able to save."""
+        return self.failures >= _FAILURES
+
+    def error(self, cause: BaseException | None = None) -> ResourceError:
+        """What to raise when a training ends because it cannot save."""
+        newest = next(iter(published(self.checkpoints.folder)), None)
+        stands = f"the one of step {step_of(newest)} stands" if newest else "there is none"
+        return ResourceError(
+            f"a checkpoint could not be written; {stands}",
+            got=str(cause) if cause else f"{self.failures} failures in a row",
+            hint="free some space or mend the disk; the same command goes on from there",
+            where=self.checkpoints.folder,
         )
 
-    def restore(self, warn: Callable[[str], None]) -> TrainState | None:
-        """Goes back to the newest checkpoint for the same inputs; None when there is none."""
+    def restore(self, warn: Callable[[str], None], *, anchors: bool = False) -> TrainState | None:
+        """Goes back to the newest checkpoint, or anchor, for the same inputs; None when there is none.
+
+        One for other inputs that the run accepts (`--resume-anyway`) gives what fits; `warn` is told what that is.
+        """
         with self.accelerator.main_process_first():  # which sets damaged ones aside
-            found = read_newest(self.folder / "checkpoints", self.fingerprint, warn)
+            found = self.checkpoints.newest(warn, self._check, anchors=anchors)
         if found is None:
             return None
+        if found.fingerprint != self.checkpoints.fingerprint:
+            found = fitting_parts(found, self._present(), warn)
         self.masters.load({n: t for n, t in found.weights.items() if not n.startswith(_AVERAGE)})
         if self.average is not None:
             averaged = {n.removeprefix(_AVERAGE): t for n, t in found.weights.items() if n.startswith(_AVERAGE)}
@@ -102,16 +165,41 @@ class Keeper:
 
         The last ones are kept in a checkpoint when they are not those.
         """
+        self.collect(wait=True)
         if keep == "last" or state.best_step in (None, state.step):
             if self.average is not None:
                 self.masters.load(self.average.tensors)
             return
         if self.saved_step != state.step:
-            self.save(state)
+            self.save(state, at_once=True)
         self.accelerator.wait_for_everyone()
         self.masters.load(load_file(self.best_file))
 
     def disposable(self, state: TrainState) -> tuple[Path, ...]:
         """What is not needed once the model stands: all that served to resume, unless the best weights are not the last."""
-        best_is_last = state.best_step in (None, state.step)
-        return (self.folder / "checkpoints", self.best_file) if best_is_last else ()
+        if state.best_step not in (None, state.step):
+            return ()
+        every, folder = self.checkpoints.keep_every, self.checkpoints.folder
+        if every is None:
+            return (folder, self.best_file)
+        return (*(path for path in published(folder) if step_of(path) % every), self.best_file)
+
+    def _checkpoint(self, state: TrainState, random: list[Any]) -> Checkpoint:
+        tensors, values = optimizer_to_parts(self.optimizer)
+        averaged = self.average.tensors if self.average else {}
+        weights = self.masters.saved() | {_AVERAGE + name: t.cpu().contiguous() for name, t in averaged.items()}
+        scaler = self.scaler.state_dict() if self.scaler else None
+        about = {"state": state.to_json(), "random": random, "scaler": scaler}
+        return Checkpoint(weights, tensors, values, about, self.best_file if state.best_step else None)
+
+    def _present(self) -> Checkpoint:
+        """What a checkpoint of this training would hold now."""
+        return self._checkpoint(TrainState(), [random_state()])
+
+    def _check(self, found: Checkpoint) -> None:
+        same_inputs = found.fingerprint == self.checkpoints.fingerprint
+        check_checkpoint(found, self._present(), same_inputs=same_inputs)
+
+    def _note_failure(self, error: BaseException) -> None:
+        self.failures, self.failed = self.failures + 1, True
+        self.warn(f"{self.error(error).what}: {error}; failure {self.failures} of {_FAILURES} in a row")

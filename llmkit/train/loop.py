@@ -16,25 +16,28 @@ from typing import Any
 
 import torch
 
-from llmkit.data.batches import BatchOrder, by_length
-from llmkit.data.corpus import Corpus
+from llmkit.data.batches import BatchOrder
+from llmkit.data.corpus import Corpus, Example
 from llmkit.data.states import CorpusWithStates
 from llmkit.errors import DataError, DivergedError
-from llmkit.model.objective import Objective, to_device
-from llmkit.model.precision import autocast
+from llmkit.model.objective import Objective
 from llmkit.model.prefix import frozen_prefix, train_but_still
 from llmkit.optim.schedules import Progress
 from llmkit.recipe.training import Training
-from llmkit.recipe.values import count_of, seconds_of
-from llmkit.train.hooks import Hook
+from llmkit.recipe.values import count_of
+from llmkit.run.checkpoint import Checkpoints
+from llmkit.train.divergence import CONSEQUENCE, Trouble, Watch, diverged, write_out
+from llmkit.train.held_out import held_out_loss
+from llmkit.train.hooks import Hook, tell
 from llmkit.train.keeping import Keeper
 from llmkit.train.masters import Average, Masters
-from llmkit.train.micro_batches import Feeder, cut_corpus
+from llmkit.train.micro_batches import Feeder
 from llmkit.train.signals import StopRequest
 from llmkit.train.state import TrainState
-from llmkit.train.step import Stepper
+from llmkit.train.step import Stepper, StepResult
 from llmkit.train.stream import StreamedExamples
 from llmkit.train.thaw import Thaw, Thawing
+from llmkit.train.when import ASSUMED_SPEED, Times
 
 Schedule = Callable[[Progress], float]
 
@@ -61,6 +64,10 @@ class Fit:
     thaws: tuple[Thaw, ...] = ()
     note: Callable[[str], None] = lambda text: None
     eval_batch_size: int = 16
+    describe: Callable[[Example], dict[str, Any]] = lambda example: {}  # for people, as JSON values
+    deadline: float | None = None  # of `time.monotonic`: when training has to be over
+    save_behind: bool = False  # there is memory for a copy of what is saved
+    accepted: Sequence[str] = ()  # fingerprints of other inputs from whose checkpoints to take what fits
     state: TrainState = field(default_factory=TrainState)
 
     def __post_init__(self) -> None:
@@ -83,13 +90,25 @@ class Fit:
         self.keeper = Keeper(
             accelerator,
             self.folder,
-            self.fingerprint,
+            Checkpoints(
+                self.folder / "checkpoints",
+                self.fingerprint,
+                training.keep_checkpoints,
+                training.keep_every,
+                self.accepted,
+                self._is_anchor,
+            ),
             self.masters,
             self.optimizer,
             self.average,
             scaler,
-            training.keep_checkpoints,
+            self.warn,
+            self.save_behind,
         )
+        self.watch = Watch(training.divergence, lambda: self.state)
+        self._read_only = [
+            corpus for corpus in (self.train, self.held_out) if isinstance(corpus, Corpus | CorpusWithStates)
+        ]
         self.thawing = Thawing(self.masters, self.thaws, self.note, self._thawed)
         processes, process = accelerator.num_processes, accelerator.process_index
         self.feeder = Feeder(self.train, self.order, self.objective, process, processes, training.micro_batch_size)
@@ -103,6 +122,7 @@ class Fit:
             self.precision,
             training.max_grad_norm,
             self.warn,
+            self.watch.judge,
             scaler,
         )
 
@@ -127,24 +147,32 @@ class Fit:
     def run(self, hooks: Sequence[Hook]) -> TrainState:
         """Trains to the last step. The model then holds the best weights, or the last, as the recipe says.
 
-        Raises StoppedError or InterruptedByUserError, after saving, when a signal came, and DivergedError.
+        Raises StoppedError or InterruptedByUserError, after saving, when a signal came or time is up; DivergedError;
+        ResourceError when checkpoints cannot be written; and ArtifactError when the data change meanwhile.
         """
         self.train_mode()
-        saved_at, saved_step = time.monotonic(), self.state.step
+        nbytes = self.keeper.rehearse()
+        self.times = Times(self.training, self.state.step, self.deadline, slowest_save=nbytes / ASSUMED_SPEED)
         try:
-            with self.objective.computing(), StopRequest() as request:
+            with self.objective.computing(), StopRequest(self._tell_of_stop) as request:
+                if self.watch.rolls_back and self.keeper.saved_step is None:
+                    self._save(hooks)
                 while self.state.step < self.total_steps and not self._has_stalled():
-                    stop = self._step(hooks, request.received is not None)
-                    if self._evaluation_is_due():
+                    began = time.monotonic()
+                    result = self._step(hooks, request)
+                    if self._evaluation_is_due(result):
                         self._evaluate(hooks)
-                    if stop or self._save_is_due(saved_at, saved_step):
-                        self._save()
-                        saved_at, saved_step = time.monotonic(), self.state.step
-                    if stop:
-                        raise request.error(self.state.step)
+                    self.times.slowest_step = max(self.times.slowest_step, time.monotonic() - began)
+                    last = self.state.step >= self.total_steps
+                    if result.stop:
+                        self._stop(hooks, request)
+                    if not last and (result.save or self.times.due_by_steps(self.state.step)):
+                        self._save(hooks)
                 if any(self.stepper.sum_over_processes([int(request.received is not None)])):  # during the last step
-                    self._save()
-                    raise request.error(self.state.step)
+                    self._stop(hooks, request)
+        except Exception:  # but not a second Ctrl-C, which stops at once
+            self.keeper.collect(wait=True)
+            raise
         finally:
             self.feeder.close()
             if isinstance(self.train, StreamedExamples):
@@ -154,10 +182,37 @@ class Fit:
         self.keeper.settle(self.state, self.training.keep)
         return self.state
 
-    def _save(self) -> None:
+    def _stop(self, hooks: Sequence[Hook], request: StopRequest) -> None:
+        """Saves, and raises why training stops."""
+        if any(self.stepper.sum_over_processes([int(self.keeper.gave_up)])):  # which only the first process knows
+            raise self.keeper.error()
+        self._save(hooks, at_once=True)
+        raise request.error(self.state.step, in_time=self.times.must_stop())
+
+    def _tell_of_stop(self, name: str) -> None:
+        self.note(
+            f"{name}: training stops after this step and saves, within about {self.times.bound + 1:.0f} s"
+            + ("; Ctrl-C again stops at once, at the last checkpoint" if name == "Ctrl-C" else "")
+        )
+
+    def _is_anchor(self, step: int) -> bool:
+        """True for a step to roll back to: those are the same whenever a training was stopped in between."""
+        every = self.training.save_every
+        regular = isinstance(every, int) and step % every == 0
+        return self.watch.rolls_back and (regular or any(step == thaw.step for thaw in self.thaws))
+
+    def _save(self, hooks: Sequence[Hook], *, at_once: bool = False) -> None:
         if isinstance(self.train, StreamedExamples) and self.state.step < self.total_steps:
-            self.state.stream = self.train.place_of(self.state.step)
-        self.keeper.save(self.state)
+            self.state.stream = self.train.place_of(self.state.batch)
+
+        def before() -> None:
+            for hook in hooks:
+                hook.before_save()
+
+        waited = self.keeper.save(self.state, at_once=at_once, before=before)
+        self.state.save_seconds += waited
+        self.times.saved(self.state.step)
+        self.times.slowest_save = max(waited, self.keeper.checkpoints.seconds)
 
     def train_mode(self) -> None:
         """The model as it trains: with dropout, but for what stands still."""
@@ -174,39 +229,91 @@ class Fit:
                 corpus.descend(frozen_prefix(self.model))
         self.train_mode()
 
-    def _step(self, hooks: Sequence[Hook], stop: bool) -> bool:
-        """One step; True when training is to stop after it."""
+    def _step(self, hooks: Sequence[Hook], request: StopRequest) -> StepResult:
+        """One step, or what the recipe wants in place of one that is in trouble."""
         started = time.perf_counter()
-        step = self.state.step
+        for corpus in self._read_only:
+            corpus.require_unchanged()
+        self.keeper.collect()
+        if self.keeper.take_failure():
+            self.times.failed()
+        step, batch = self.state.step, self.state.batch
+        if self.watch.rolls_back and self.thawing.is_due(step) and self.keeper.saved_step != step:
+            self._save(hooks)  # as what has thawed does not freeze again
         self.thawing.begin(step)
         held_out = tuple(self.state.held_out_losses)
         multiplier = self.schedule(Progress(step, self.total_steps, self.warmup_steps, held_out))
         rates = [rate * multiplier for rate in self.base_rates]
-        try:
-            result = self.stepper.step(step, rates, self.state.micro_batch_tokens, stop)
-        except DivergedError as error:
-            examples = self.order.batch(step).tolist()
-            got = f"{error.got} in step {step + 1}, on the examples {', '.join(map(str, examples[:16]))}"
-            raise DivergedError(error.what, got=got, hint=error.hint, where=self.train.folder) from None
+        stop = request.received is not None or self.keeper.gave_up or self.times.must_stop()
+        limit = self.state.micro_batch_tokens
+        result = self.stepper.step(batch, rates, limit, stop=stop, save=self._saves_by_time())
+        self.state.micro_batch_tokens = result.micro_batch_tokens
+        if result.trouble is not None and self._refuse(hooks, result, result.trouble):
+            return result
+        self.watch.note(result.loss)
+        self._count(result, time.perf_counter() - started)
+        values = {
+            "loss": result.loss,
+            "lr": max(rates),
+            "grad_norm": result.grad_norm,
+            "tokens_per_second": result.tokens / (time.perf_counter() - started),
+        }
+        for hook in hooks:
+            hook.after_step(self.state, values)
+        return result
+
+    def _saves_by_time(self) -> bool:
+        return bool(self.accelerator.is_main_process) and self.times.due_by_time()
+
+    def _count(self, result: StepResult, seconds: float) -> None:
+        """Takes a step in that changed the weights."""
         self.state.step += 1
         if self.average is not None:
             self.average.update(self.state.step)
-        seconds = time.perf_counter() - started
-        self.state.micro_batch_tokens = result.micro_batch_tokens
         self.state.tokens += result.tokens
         self.state.computed += result.computed
         self.state.supervised += result.supervised
         self.state.loss_sum += result.loss * result.supervised
         self.state.seconds += seconds
-        values = {
-            "loss": result.loss,
-            "lr": max(rates),
-            "grad_norm": result.grad_norm,
-            "tokens_per_second": result.tokens / seconds,
-        }
-        for hook in hooks:
-            hook.after_step(self.state, values)
-        return result.stop
+
+    def _refuse(self, hooks: Sequence[Hook], result: StepResult, trouble: Trouble) -> bool:
+        """Does what the recipe says of a step in trouble; False when it is but warned of. Raises DivergedError."""
+        step, batch = self.state.step, self.state.batch
+        self.warn(f"step {step + 1}: {trouble.why}; {CONSEQUENCE[trouble.action]}")
+        if trouble.action == "stop":
+            self._give_up(hooks, trouble.why)
+        if trouble.action == "warn":
+            tell(hooks, self.state, "spike", trouble.why)
+            return False
+        if trouble.action == "skip":
+            self.state.step += 1
+            self.state.refused_steps += 1
+            tell(hooks, self.state, "skipped", trouble.why)
+            return True
+        self.keeper.collect(wait=True)
+        found = self.keeper.restore(self.warn, anchors=True)
+        if found is None:
+            self._give_up(hooks, f"{trouble.why}; there is no checkpoint to go back to")
+        assert found is not None
+        found.refused_steps, found.micro_batch_tokens = self.state.refused_steps + 1, self.state.micro_batch_tokens
+        found.passed_over = batch + 1 - found.step
+        self.state = found
+        self.feeder.forget()
+        tell(hooks, self.state, "rolled back", f"step {step + 1}: {trouble.why}")
+        return True
+
+    def _give_up(self, hooks: Sequence[Hook], why: str) -> None:
+        """Saves what there was before a step, writes its examples out, and raises DivergedError."""
+        tell(hooks, self.state, "diverged", why)
+        if self.state.step != self.keeper.saved_step:
+            self._save(hooks, at_once=True)
+        step = self.state.step + 1
+        file = self.folder / "diverged" / f"step-{step:08d}.json"
+        if self.accelerator.is_main_process:
+            about = {"step": step, "why": why, "losses_before": self.state.recent_losses}
+            examples = [(number, self.train[number]) for number in self.order.batch(self.state.batch).tolist()]
+            write_out(file, about, examples, self.model, self.objective, self.precision, self.describe)
+        raise diverged(f"{why}, in step {step}", file)
 
     def _evaluate(self, hooks: Sequence[Hook]) -> None:
         with self.average.applied() if self.average else nullcontext():
@@ -230,42 +337,24 @@ class Fit:
     def held_out_loss(self) -> float:
         """The mean loss over everything supervised in the held-out corpus, over all processes."""
         assert self.held_out is not None
-        self.model.eval()
-        device = self.accelerator.device
-        sums = torch.zeros(2, dtype=torch.float64, device=device)
-        lengths, most = self.held_out.lengths(self.size_column), self.state.micro_batch_tokens
-        padded, size = self.objective.padded, self.eval_batch_size
-        parts = [
-            part
-            for numbers in by_length(lengths, size)
-            for part in cut_corpus(self.held_out, numbers.tolist(), lengths, padded=padded, tokens=most)
-        ]
-        with torch.inference_mode(), self.objective.computing(), autocast(device, self.precision):
-            for numbers in parts[self.accelerator.process_index :: self.accelerator.num_processes]:
-                batch = self.objective.collate([self.held_out[int(number)] for number in numbers])
-                loss = self.objective.loss(self.model, to_device(batch, device)).item()
-                sums += torch.tensor([loss, self.objective.count(batch)], dtype=torch.float64, device=device)
+        loss = held_out_loss(
+            self.accelerator,
+            self.model,
+            self.objective,
+            self.held_out,
+            self.size_column,
+            self.precision,
+            batch_size=self.eval_batch_size,
+            tokens=self.state.micro_batch_tokens,
+        )
         self.train_mode()
-        total, count = self.accelerator.reduce(sums, "sum").tolist()
-        return float(total / count)
+        return loss
 
-    def _evaluation_is_due(self) -> bool:
+    def _evaluation_is_due(self, result: StepResult) -> bool:
         every, step = self.training.eval_every, self.state.step
-        wanted = step == self.total_steps or (every is not None and step % every == 0)
-        return wanted and self.held_out is not None and len(self.held_out) > 0
-
-    def _save_is_due(self, saved_at: float, saved_step: int) -> bool:
-        every = self.training.save_every
-        if self.state.step >= self.total_steps:
-            return False
-        if isinstance(every, int):
-            return self.state.step - saved_step >= every
-        due = time.monotonic() - saved_at >= seconds_of(every)
-        if self.accelerator.num_processes > 1:  # clocks differ; the first process decides
-            from accelerate.utils import broadcast_object_list
-
-            due = bool(broadcast_object_list([due])[0])
-        return due
+        wanted = step == self.total_steps or (every is not None and step > 0 and step % every == 0)
+        went_back = result.trouble is not None and result.trouble.action == "rollback"
+        return wanted and not went_back and self.held_out is not None and len(self.held_out) > 0
 
     def _has_stalled(self) -> bool:
         rule = self.training.early_stopping

@@ -5,6 +5,8 @@ So the answer holds for any family of models and any size, and takes a second or
 
 from __future__ import annotations
 
+import resource
+import sys
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
@@ -19,6 +21,14 @@ from llmkit.model.objective import Batch, Objective, to_device
 from llmkit.train.masters import Masters
 
 _META = torch.device("meta")
+
+
+def peak_memory_bytes() -> int:
+    """The most memory that was in use at once: of the GPU when there is one, else of this process."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated())
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 @dataclass(frozen=True)

@@ -30,11 +30,20 @@ class TrainState:
     micro_batch_tokens: int | None = None  # most that a process computes at once; lower once memory ran out
     held_out_losses: list[float] = field(default_factory=list)  # all of them, in order
     stream: dict[str, Any] | None = None  # where a stream of training data is to be read on
+    save_seconds: float = 0.0  # that training waited for saving
+    recent_losses: list[float] = field(default_factory=list)  # of the last steps, for judging the next
+    refused_steps: int = 0  # that diverged, and were skipped or rolled back
+    passed_over: int = 0  # batches that a rollback left behind: step n learns from batch n + passed_over
 
     @property
     def train_loss(self) -> float | None:
         """The mean loss over everything supervised since the first step."""
         return self.loss_sum / self.supervised if self.supervised else None
+
+    @property
+    def batch(self) -> int:
+        """The 0-based batch that the next step learns from."""
+        return self.step + self.passed_over
 
     @property
     def tokens_per_second(self) -> float:
@@ -75,12 +84,12 @@ def random_state() -> dict[str, Any]:
 
 def restore_random_state(state: dict[str, Any]) -> None:
     """Puts back what `random_state` gave."""
-    torch.set_rng_state(_bytes(state["torch"]))
+    torch.set_rng_state(as_bytes(state["torch"]))
     np.random.set_state(tuple(state["numpy"]))
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
     if torch.cuda.is_available() and "cuda" in state:
-        torch.cuda.set_rng_state(_bytes(state["cuda"]))
+        torch.cuda.set_rng_state(as_bytes(state["cuda"]))
 
 
 def seed_everything(seed: int) -> None:
@@ -90,5 +99,6 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def _bytes(text: str) -> torch.Tensor:
+def as_bytes(text: str) -> torch.Tensor:
+    """What was written in hex, shape (N,)."""
     return torch.frombuffer(bytearray.fromhex(text), dtype=torch.uint8)

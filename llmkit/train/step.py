@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 
-from llmkit.errors import DivergedError, ResourceError
+from llmkit.errors import ResourceError
 from llmkit.model.objective import Batch, Objective, examples_in, sizes, to_device
 from llmkit.model.precision import autocast
+from llmkit.train.divergence import Trouble
 from llmkit.train.masters import Masters
 from llmkit.train.micro_batches import Feeder
 
@@ -24,11 +25,12 @@ _EVERYTHING = 2**62  # tokens at once
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step did; `stop` is True when any process was asked to stop.
+    """What a step did; `stop` and `save` are True when any process asked for it.
 
     `computed` counts positions: more than tokens with padding, fewer where examples share a beginning. `grad_norm` is
     None when gradients overflowed in fp16: the weights then stay and the scale of the loss is lowered.
-    `micro_batch_tokens` is lower than before when memory ran out.
+    `micro_batch_tokens` is lower than before when memory ran out. Where there is `trouble`, the weights changed only if
+    that is but to be warned of.
     """
 
     loss: float
@@ -37,7 +39,9 @@ class StepResult:
     computed: int
     supervised: int
     stop: bool
+    save: bool
     micro_batch_tokens: int | None
+    trouble: Trouble | None = None
 
 
 @dataclass
@@ -53,12 +57,21 @@ class Stepper:
     precision: str
     max_grad_norm: float | None
     warn: Callable[[str], None]
+    judge: Callable[[float, float], Trouble | None]
     scaler: torch.amp.GradScaler | None = None
 
-    def step(self, step: int, rates: Sequence[float], micro_batch_tokens: int | None, stop: bool) -> StepResult:
-        """Learns from the global batch of a 0-based step; `rates` has one for each group of parameters.
+    def step(
+        self,
+        step: int,
+        rates: Sequence[float],
+        micro_batch_tokens: int | None,
+        *,
+        stop: bool = False,
+        save: bool = False,
+    ) -> StepResult:
+        """Learns from the 0-based global batch `step`; `rates` has one for each group of parameters.
 
-        Raises DivergedError when the loss or the gradient is not finite; the weights are then as before. Raises
+        Weights and random state are as before when the step is in trouble that asks for more than a warning. Raises
         ResourceError when memory does not suffice for one example.
         """
         weigh = self.feeder.has_share(step)  # else a stand-in example, so that every process takes part
@@ -68,7 +81,7 @@ class Stepper:
             counted = [sizes(batch) for batch in batches]
             own = [sum(map(self.objective.count, batches)), sum(t for t, _ in counted), sum(c for _, c in counted)]
             own = own if weigh else [0, 0, 0]
-            supervised, tokens, computed, stops = self.sum_over_processes([*own, int(stop)])
+            supervised, tokens, computed, stops, saves = self.sum_over_processes([*own, int(stop), int(save)])
             loss, fits = self._backward(batches, supervised, weigh=weigh)
             fits = self._least(fits)
             if fits == _EVERYTHING:
@@ -77,8 +90,11 @@ class Stepper:
             _restore_random_state(random, self.accelerator.device)
         assert loss is not None, "a process that ran out of memory begins the step again"
         mean = self._sum_in_place(loss).item() / max(supervised, 1)
-        grad_norm = self._update(mean, max(supervised, 1), rates)
-        return StepResult(mean, grad_norm, tokens, computed, supervised, stops > 0, micro_batch_tokens)
+        grad_norm, trouble = self._update(mean, max(supervised, 1), rates)
+        if trouble is not None and trouble.action != "warn":
+            _restore_random_state(random, self.accelerator.device)
+        asked = stops > 0, saves > 0
+        return StepResult(mean, grad_norm, tokens, computed, supervised, *asked, micro_batch_tokens, trouble)
 
     def _backward(self, batches: list[Batch], supervised: int, *, weigh: bool) -> tuple[torch.Tensor | None, int]:
         """Fills this process's gradients; gives the sum of its losses, and how many tokens may be computed at once.
@@ -118,8 +134,8 @@ class Stepper:
         )
         return tokens
 
-    def _update(self, loss: float, supervised: int, rates: Sequence[float]) -> float | None:
-        """Clips, checks, and lets the optimizer work; gives the norm of the gradient, None when fp16 overflowed.
+    def _update(self, loss: float, supervised: int, rates: Sequence[float]) -> tuple[float | None, Trouble | None]:
+        """Judges, clips, and lets the optimizer work; gives the norm of the gradient, None when fp16 overflowed.
 
         Until now the gradients are those of the summed loss.
         """
@@ -129,12 +145,9 @@ class Stepper:
         divisor = supervised if self.scaler is None else 1  # fp16 has no room for the gradients of a sum
         grad_norm = self.masters.gradient_norm() / divisor
         overflowed = not math.isfinite(grad_norm) and self.scaler is not None and self.scaler.get_scale() > 1
-        if not (math.isfinite(loss) and (math.isfinite(grad_norm) or overflowed)):
-            raise DivergedError(
-                "the loss or its gradient is not a finite number",
-                got=f"loss {loss:.4g}, gradient norm {grad_norm:.4g}",
-                hint="lower the learning rate, use precision: fp32, or look at the data of this step",
-            )
+        trouble = self.judge(loss, 0.0 if overflowed else grad_norm)
+        if trouble is not None and trouble.action != "warn":
+            return grad_norm, trouble
         excess = grad_norm / self.max_grad_norm if self.max_grad_norm is not None else 0.0
         self._divide_gradients(divisor * max(excess, 1.0))
         for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
@@ -147,7 +160,7 @@ class Stepper:
         if not overflowed:
             self.masters.pull(self.optimizer.param_groups)
         self.masters.publish()
-        return None if overflowed else grad_norm
+        return (None if overflowed else grad_norm), trouble
 
     def _divide_gradients(self, divisor: float) -> None:
         """Leaves it to the optimizer where that can do it on the way, as `torch.amp.GradScaler` asks it to."""

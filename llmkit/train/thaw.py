@@ -65,6 +65,10 @@ class Thawing:
         for thaw in self.thaws:
             self.masters.hold(thaw.names)
 
+    def is_due(self, step: int) -> bool:
+        """True when something moves from a 0-based step on that did not before."""
+        return any(0 < thaw.step <= step for thaw in self.thaws[self._done :])
+
     def begin(self, step: int) -> None:
         """Lets go of everything that moves in a 0-based step."""
         due = [thaw for thaw in self.thaws[self._done :] if thaw.step <= step]

@@ -109,10 +109,13 @@ def test_a_checkpoint_of_other_inputs_is_not_gone_on_from(
     with pytest.MonkeyPatch.context() as patch:
         signal_after(7, signal.SIGTERM, patch)
         assert cli(*command, "-o", tmp_path / "run").code == 75
-    changed = cli(*command, "-o", tmp_path / "run", "--set", "seed=5")
+    refused = cli(*command, "-o", tmp_path / "run", "--set", "seed=5")
+    assert refused.code == 2
+    assert "changed: seed 17 -> 5" in refused.err
+    assert "--resume-anyway" in refused.err
+    changed = cli(*command, "-o", tmp_path / "run", "--set", "seed=5", "--no-resume")
     assert changed.code == 0, changed.err
     assert "resumed" not in changed.err
-    assert "changed: seed 17 -> 5" in changed.err
     assert list((tmp_path / "run" / "previous").iterdir())
 
 

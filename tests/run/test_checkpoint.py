@@ -13,13 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from llmkit.run import checkpoint as module
-from llmkit.run.checkpoint import (
-    Checkpoint,
-    optimizer_from_parts,
-    optimizer_to_parts,
-    read_newest,
-    write_checkpoint,
-)
+from llmkit.run.checkpoint import Checkpoint, Checkpoints, optimizer_from_parts, optimizer_to_parts
 
 
 def some(step: int, best: Path | None = None) -> Checkpoint:
@@ -31,12 +25,12 @@ def some(step: int, best: Path | None = None) -> Checkpoint:
 
 def write(folder: Path, *steps: int, keep: int = 9, fingerprint: str = "f") -> None:
     for step in steps:
-        write_checkpoint(folder, step, fingerprint, some(step), keep=keep)
+        Checkpoints(folder, fingerprint, keep).write(step, some(step))
 
 
 def read(folder: Path, fingerprint: str = "f") -> tuple[Checkpoint | None, list[str]]:
     warnings: list[str] = []
-    return read_newest(folder, fingerprint, warnings.append), warnings
+    return Checkpoints(folder, fingerprint).newest(warnings.append), warnings
 
 
 def step_of(found: Checkpoint | None) -> int | None:
@@ -45,7 +39,7 @@ def step_of(found: Checkpoint | None) -> int | None:
 
 def test_gives_back_what_it_was_given(tmp_path: Path) -> None:
     given = some(7)
-    write_checkpoint(tmp_path / "c", 7, "f", given, keep=2)
+    Checkpoints(tmp_path / "c", "f").write(7, given)
     found, warnings = read(tmp_path / "c")
     assert found is not None
     assert warnings == []
@@ -70,7 +64,7 @@ def test_the_newest_is_read_and_old_ones_go(tmp_path: Path) -> None:
 def test_the_best_weights_are_a_part_that_later_ones_do_not_change(tmp_path: Path) -> None:
     best = tmp_path / "best.safetensors"
     save_file({"w": torch.ones(2)}, best)
-    write_checkpoint(tmp_path / "c", 1, "f", some(1, best), keep=2)
+    Checkpoints(tmp_path / "c", "f").write(1, some(1, best))
     save_file({"w": torch.zeros(2)}, tmp_path / "new")
     (tmp_path / "new").replace(best)
     found, _ = read(tmp_path / "c")
@@ -117,7 +111,7 @@ def test_a_damaged_one_is_set_aside_and_named_and_the_one_before_is_used(tmp_pat
     save_file({"w": torch.ones(2)}, best)
     write(folder, 1)
     shutil.copy(best, tmp_path / "copy")
-    write_checkpoint(folder, 2, "f", some(2, tmp_path / "copy"), keep=5)
+    Checkpoints(folder, "f", 5).write(2, some(2, tmp_path / "copy"))
     DAMAGE[name](folder / "step-00000002")
     found, warnings = read(folder)
     assert step_of(found) == 1
@@ -176,11 +170,11 @@ def test_killed_while_it_is_written_the_one_before_stands(
 
 def test_the_bytes_are_safe_before_the_name_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     synced: set[str] = set()
-    real = module._sync_file
-    monkeypatch.setattr(module, "_sync_file", lambda path: (synced.add(path.name), real(path)))
+    real = module.sync_file
+    monkeypatch.setattr(module, "sync_file", lambda path: (synced.add(path.name), real(path)))
     save_file({"w": torch.ones(2)}, tmp_path / "best")
-    write_checkpoint(tmp_path / "c", 1, "f", some(1, tmp_path / "best"), keep=1)
-    assert synced == {"weights.safetensors", "optimizer.safetensors", "state.json", "best.safetensors"}
+    Checkpoints(tmp_path / "c", "f").write(1, some(1, tmp_path / "best"))
+    assert synced == {"weights.safetensors", "optimizer.safetensors", "best.safetensors"}, "JSON is written synced"
 
 
 class TestOptimizerState:

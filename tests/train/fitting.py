@@ -169,7 +169,7 @@ def take_step(fit: Fit, numbers: Sequence[int], rate: float = 1e-3, *, stop: boo
     give(fit, numbers)
     fit.model.train()
     with fit.objective.computing():
-        return fit.stepper.step(0, [rate] * len(fit.optimizer.param_groups), None, stop)
+        return fit.stepper.step(0, [rate] * len(fit.optimizer.param_groups), None, stop=stop)
 
 
 def gradients(
@@ -231,6 +231,8 @@ class Recorder:
     def __init__(self, at: dict[int, Any] | None = None) -> None:
         self.steps: list[dict[str, Any]] = []
         self.evaluations: list[tuple[int, float]] = []
+        self.events: list[tuple[int, str, str]] = []
+        self.saves: list[int] = []  # steps that had been told of before each
         self.closed = 0
         self.at = at or {}
 
@@ -242,6 +244,12 @@ class Recorder:
     def after_evaluation(self, state: TrainState, values: dict[str, Any]) -> None:
         self.evaluations.append((state.step, values["eval_loss"]))
 
+    def after_event(self, state: TrainState, event: str, why: str) -> None:
+        self.events.append((state.step, event, why))
+
+    def before_save(self) -> None:
+        self.saves.append(len(self.steps))
+
     def close(self) -> None:
         self.closed += 1
 
@@ -252,13 +260,16 @@ class Recorder:
 def logged(fit: Fit) -> MetricsLogHook:
     """The metrics log that a stage would open for this Fit, next to its folder."""
     path = fit.folder.parent / f"{fit.folder.name}.jsonl"
-    return MetricsLogHook(MetricsLog(path, "finetune", step=fit.state.step), fit.training.log_every)
+    return MetricsLogHook(
+        MetricsLog(path, "finetune", step=fit.state.step, refused=fit.state.refused_steps), fit.training.log_every
+    )
 
 
 def log_of(fit: Fit) -> list[dict[str, Any]]:
-    """What was logged, without speeds, which are never the same."""
+    """What was logged, without time and memory, which are never the same."""
     lines = read_metrics(fit.folder.parent / f"{fit.folder.name}.jsonl")
-    return [{key: value for key, value in line.items() if key != "tokens_per_second"} for line in lines]
+    measured = ("tokens_per_second", "seconds", "peak_memory_bytes")
+    return [{key: value for key, value in line.items() if key not in measured} for line in lines]
 
 
 def weights_of(fit: Fit) -> dict[str, torch.Tensor]:
@@ -280,4 +291,4 @@ def same_bits(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> b
 
 def facts_of(state: TrainState) -> dict[str, Any]:
     """The state without the time that it took."""
-    return {key: value for key, value in state.to_json().items() if key != "seconds"}
+    return {key: value for key, value in state.to_json().items() if key not in ("seconds", "save_seconds")}

@@ -52,8 +52,9 @@ def test_the_stronger_the_pull_the_nearer_the_parent(precision: str, tmp_path: P
 
 
 def test_what_is_not_anchored_moves_as_without(tmp_path: Path) -> None:
-    fit = make_fit(tmp_path / "fit", random_corpus(tmp_path / "corpus", 24), steps=1, lr=1e-2, **PLAIN)
-    plain = make_fit(tmp_path / "plain", random_corpus(tmp_path / "corpus", 24), steps=1, lr=1e-2, **PLAIN)
+    corpus = random_corpus(tmp_path / "corpus", 24)
+    fit = make_fit(tmp_path / "fit", corpus, steps=1, lr=1e-2, **PLAIN)
+    plain = make_fit(tmp_path / "plain", corpus, steps=1, lr=1e-2, **PLAIN)
     some = [name for name in fit.masters.weights if "mlp" in name]
     fit.masters.anchor(some, 10.0)
     fit.run([])

@@ -141,7 +141,7 @@ def test_one_long_example_among_short_ones_is_an_error_and_not_a_loop(tmp_path: 
 
     fit.stepper.warn = warn
     with pytest.raises(ResourceError, match="one example"), fit.objective.computing():
-        fit.stepper.step(0, [1e-3, 1e-3], None, False)
+        fit.stepper.step(0, [1e-3, 1e-3], None)
     fit.feeder.close()
 
 
@@ -149,7 +149,7 @@ def test_one_long_example_that_fits_is_no_error(tmp_path: Path) -> None:
     corpus = corpus_of(tmp_path / "long", [24, 4, 4, 4, 4])
     fit = short_of_memory(give(make_fit(tmp_path / "fit", corpus), [0, 1, 2, 3, 4]), 24)
     with fit.objective.computing():
-        result = fit.stepper.step(0, [1e-3, 1e-3], None, False)
+        result = fit.stepper.step(0, [1e-3, 1e-3], None)
     assert result.micro_batch_tokens is not None
     assert result.tokens == 40
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 from llmkit.train.state import TrainState
@@ -16,5 +17,17 @@ class Hook(Protocol):
     def after_evaluation(self, state: TrainState, values: dict[str, Any]) -> None:
         """`values`: eval_loss."""
 
+    def after_event(self, state: TrainState, event: str, why: str) -> None:
+        """A step was out of the ordinary: `skipped`, `rolled back` (the state is that before), or a `spike`."""
+
+    def before_save(self) -> None:
+        """A checkpoint is about to be written, in the process that writes it. Raises OSError when it must not be."""
+
     def close(self) -> None:
         """Training has ended, whatever way."""
+
+
+def tell(hooks: Sequence[Hook], state: TrainState, event: str, why: str) -> None:
+    """Tells all of an event."""
+    for hook in hooks:
+        hook.after_event(state, event, why)

@@ -1,0 +1,157 @@
+"""--max-time: stopped in time and after saving, with code 75, and the same command goes on from there."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Cli
+
+from llmkit.run.checkpoint import Checkpoints
+from llmkit.run.log import read_metrics
+from llmkit.stages import preprocess
+from llmkit.train.loop import Fit
+
+STEP = 0.25  # seconds
+
+
+@pytest.fixture
+def command(tiny_llama: Path, chat_rows: Path) -> tuple[object, ...]:
+    settings = (
+        *("name=one", "data.eval=20%", "finetune.steps=30", "finetune.lr=1e-3", "finetune.log_every=1"),
+        *("finetune.eval_every=7", "finetune.trackers=[]", "finetune.dropout=0.1"),
+    )
+    return ("finetune", "-m", tiny_llama, "-d", chat_rows, *(word for each in settings for word in ("--set", each)))
+
+
+@pytest.fixture
+def slow_steps() -> Iterator[None]:
+    """Steps that take a quarter of a second."""
+    real = Fit._step
+
+    def late(fit: Fit, *given: Any) -> Any:
+        time.sleep(STEP)
+        return real(fit, *given)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Fit, "_step", late)
+        yield
+
+
+def steps_of(run: Path) -> list[int]:
+    return [line["step"] for line in read_metrics(run / "metrics.jsonl") if "loss" in line]
+
+
+@pytest.mark.parametrize("save_seconds", [0.0, 0.8])
+def test_it_stops_in_time_and_goes_on_exactly(
+    command: tuple[object, ...],
+    cli: Cli,
+    tmp_path: Path,
+    slow_steps: None,
+    save_seconds: float,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    with monkeypatch.context() as patch:
+        patch.setattr(time, "sleep", lambda seconds: None)
+        assert cli(*command, "-o", whole).code == 0
+    publish = Checkpoints._publish
+
+    def late(*given: Any) -> Any:
+        time.sleep(save_seconds)
+        return publish(*given)
+
+    monkeypatch.setattr(Checkpoints, "_publish", late)
+    started = time.monotonic()
+    stopped = cli(*command, "-o", parts, "--max-time", "5s", "--json")
+    took = time.monotonic() - started
+    assert stopped.code == 75, stopped.out
+    assert stopped.json["kind"] == "stopped"
+    assert "the time limit" in stopped.json["what"]
+    assert "saved" in stopped.json["what"]
+    assert took <= 5.0 + 1.0, "done before the time is up, but for a busy machine"
+    reached = len(steps_of(parts))
+    assert 3 <= reached < 30
+    assert json.loads((parts / "run.json").read_text())["stages"]["finetune"]["state"] == "stopped"
+    with monkeypatch.context() as patch:
+        patch.setattr(time, "sleep", lambda seconds: None)
+        again = cli(*command, "-o", parts)
+    assert again.code == 0, again.err
+    assert f"going on after step {reached} of 30" in again.err
+    weights = [(run / "finetune" / "model" / "model.safetensors").read_bytes() for run in (whole, parts)]
+    assert weights[0] == weights[1]
+    assert steps_of(parts) == steps_of(whole) == list(range(1, 31))
+
+
+def test_again_and_again_it_comes_to_the_end(
+    command: tuple[object, ...], cli: Cli, tmp_path: Path, slow_steps: None
+) -> None:
+    """A chain of jobs on a cluster, each of which has a limit."""
+    run, reached = tmp_path / "run", [0]
+    for _ in range(15):
+        done = cli(*command, "-o", run, "--max-time", "4s")
+        if done.code == 0:
+            break
+        assert done.code == 75, done.err
+        reached.append(len(steps_of(run)))
+        assert reached[-1] > reached[-2], "each of them gets further"
+    assert done.code == 0
+    assert len(reached) > 2
+    assert steps_of(run) == list(range(1, 31))
+
+
+def test_a_stage_that_does_not_train_stops_too(
+    command: tuple[object, ...], cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings_for = preprocess.settings_for
+
+    def late(*given: Any) -> Any:
+        time.sleep(20)
+        return settings_for(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(preprocess, "settings_for", late)
+        started = time.monotonic()
+        stopped = cli(*command, "-o", tmp_path / "run", "--max-time", "1s", "--json")
+        took = time.monotonic() - started
+    assert (stopped.code, stopped.json["kind"]) == (75, "stopped")
+    assert took < 5
+    assert "the time limit" in stopped.json["what"]
+    assert cli(*command, "-o", tmp_path / "run", "--set", "finetune.steps=2").code == 0
+
+
+def test_enough_time_changes_nothing_and_no_alarm_stays(command: tuple[object, ...], cli: Cli, tmp_path: Path) -> None:
+    import signal
+
+    runs = [tmp_path / "with", tmp_path / "without"]
+    short = (*command, "--set", "finetune.steps=4")
+    assert cli(*short, "-o", runs[0], "--max-time", "1h").code == 0
+    assert cli(*short, "-o", runs[1]).code == 0
+    assert signal.getitimer(signal.ITIMER_REAL)[0] == 0.0
+    weights = [(run / "finetune" / "model" / "model.safetensors").read_bytes() for run in runs]
+    assert weights[0] == weights[1]
+
+
+def test_the_limit_is_no_input_of_a_training(
+    command: tuple[object, ...], cli: Cli, tmp_path: Path, slow_steps: None
+) -> None:
+    """Another limit, or none, goes on from what there is, and what is done is not done again."""
+    run = tmp_path / "run"
+    assert cli(*command, "-o", run, "--max-time", "4s").code == 75
+    short = (*command, "--max-time", "2h")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(time, "sleep", lambda seconds: None)
+        assert "going on after step" in cli(*short, "-o", run).err
+    again = cli(*command, "-o", run, "--max-time", "3h")
+    assert "finetune unchanged" in again.err
+
+
+@pytest.mark.parametrize("given", ["0s", "soon", "-3s", "10", ""])
+def test_a_limit_that_is_no_time_is_refused(command: tuple[object, ...], cli: Cli, tmp_path: Path, given: str) -> None:
+    refused = cli(*command, "-o", tmp_path / "run", "--max-time", given, "--json")
+    assert refused.code == 2, refused.out
+    assert "max" in refused.out
