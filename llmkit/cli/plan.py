@@ -12,7 +12,9 @@ from rich.markup import escape
 from llmkit.cli.console import make_table, standard_output
 from llmkit.cli.output import errors_shown, print_json
 from llmkit.cli.recipes import Flags, recipe_from, run_directory
+from llmkit.cli.scale import Machines, cluster_of, plan_on_cluster, readable, tokens_of
 from llmkit.cli.stages import make_reporter, open_run, quieten_libraries
+from llmkit.errors import UsageError
 
 _PARTS = {
     "weights": "weights",
@@ -26,11 +28,13 @@ _PARTS = {
 }
 
 
-def plan_command(flags: Flags, *, measure: bool, as_json: bool, quiet: bool, verbose: bool) -> None:
-    """Foretells steps, memory and time of every stage that trains."""
+def plan_command(flags: Flags, machines: Machines, *, measure: bool, as_json: bool, quiet: bool, verbose: bool) -> None:
+    """Foretells steps, memory and time of every stage that trains, here or on the machines that are named."""
     started = time.monotonic()
     reporter = make_reporter(quiet=quiet)
     with errors_shown(as_json=as_json):
+        if machines.named:
+            _refuse_early(machines, measure)
         recipe = recipe_from(flags, "plan", reporter)
         path = run_directory(flags, recipe)
     with errors_shown(as_json=as_json, run_dir=path):
@@ -41,6 +45,9 @@ def plan_command(flags: Flags, *, measure: bool, as_json: bool, quiet: bool, ver
         check_recipe(recipe)
         run = open_run(path, recipe, reporter, lead=True)
         try:
+            if machines.named:
+                plan_on_cluster(recipe, run, machines, as_json=as_json, path=path)
+                return
             plans = plan_stages(recipe, run, measure=measure)
         finally:
             run.close()
@@ -58,6 +65,16 @@ def plan_command(flags: Flags, *, measure: bool, as_json: bool, quiet: bool, ver
             return
         for plan in plans:
             _show(standard_output(), plan)
+
+
+def _refuse_early(machines: Machines, measure: bool) -> None:
+    """Raises UsageError for what is wrong with the machines, before any data are read."""
+    cluster_of(machines)
+    tokens_of(machines.tokens)
+    if measure:
+        raise UsageError(
+            "steps can be measured on this machine only", got="--measure with a cluster", hint="leave one of them out"
+        )
 
 
 def _show(console: Console, plan: Any) -> None:
@@ -88,7 +105,7 @@ def _show(console: Console, plan: Any) -> None:
             f"{plan.peak_memory_bytes / 2**30:,.2f} GiB: {verdict} into {plan.available_bytes / 2**30:,.1f}",
         )
     )
-    rows.append(("time", f"{_readable(plan.seconds)} ({plan.seconds_from})"))
+    rows.append(("time", f"{readable(plan.seconds)} ({plan.seconds_from})"))
     console.print(make_table(f"\n{plan.stage}", ("", ""), [(name, escape(text)) for name, text in rows]))
     if not plan.fits:
         console.print(
@@ -96,11 +113,3 @@ def _show(console: Console, plan: Any) -> None:
             "or choose `optimizer: adafactor`",
             soft_wrap=True,
         )
-
-
-def _readable(seconds: float) -> str:
-    """A time in the unit that suits it."""
-    for unit, length in (("days", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= 2 * length:
-            return f"{seconds / length:,.1f} {unit}"
-    return f"{seconds:,.1f} s"

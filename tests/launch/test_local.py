@@ -1,0 +1,184 @@
+"""Several processes of one machine, started by the command itself: as under torchrun, without knowing of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import psutil
+import pytest
+
+from llmkit.errors import ResourceError
+from llmkit.files import digest_file
+from llmkit.launch.local import processes_for
+from llmkit.recipe.load import load_recipe
+from llmkit.recipe.schema import Recipe
+from llmkit.run.log import read_metrics
+
+RECIPE = """
+name: several
+task: text
+stages: [preprocess, pretrain]
+data: {train: DATA, eval: 8, max_length: 32, leaks: "off"}
+pretrain:
+  architecture: {model_type: gpt2, n_layer: 1, n_embd: 16, n_head: 2, n_positions: 32}
+  tokenizer: {train: bpe, vocab_size: 300}
+  steps: STEPS
+  batch_size: 4
+  precision: fp32
+  dropout: 0.0
+  lr: 1.0e-3
+  save_every: 5
+  log_every: 1
+  trackers: []
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Callable[[int], Path]:
+    """A recipe of so many steps."""
+    rows = [{"text": f"number {n} and then {n * 7 % 13}, which is as it should be. " * 3} for n in range(60)]
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def write(steps: int) -> Path:
+        path = tmp_path / f"recipe-{steps}.yaml"
+        path.write_text(RECIPE.replace("DATA", str(data)).replace("STEPS", str(steps)))
+        return path
+
+    return write
+
+
+def command(recipe: Path, out: Path, *more: str) -> list[str]:
+    return [sys.executable, "-m", "llmkit", "run", str(recipe), "-o", str(out), *more]
+
+
+ENVIRONMENT = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "NO_COLOR": "1"}
+
+
+def finish(arguments: Sequence[str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(arguments, capture_output=True, text=True, env=ENVIRONMENT, timeout=300, check=False)
+
+
+def losses(out: Path) -> list[float]:
+    return [line["loss"] for line in read_metrics(out / "metrics.jsonl") if "loss" in line]
+
+
+class Running:
+    """A command whose two processes have taken steps."""
+
+    def __init__(self, arguments: Sequence[str], out: Path) -> None:
+        self.process = subprocess.Popen(
+            arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT
+        )
+        deadline = time.monotonic() + 240
+        while self.process.poll() is None and time.monotonic() < deadline:
+            beats = list((out / "pretrain").glob(".beat-*"))
+            if len(beats) == 2 and all(beat.read_text() > "2" for beat in beats if beat.exists()):
+                break
+            time.sleep(0.1)
+        assert self.process.poll() is None, self.process.communicate()[1]
+        self.workers = sorted(psutil.Process(self.process.pid).children(), key=lambda child: child.pid)
+
+    def end(self) -> tuple[int, str]:
+        """Its exit code and what it said on standard error."""
+        _, said = self.process.communicate(timeout=120)
+        assert not any(worker.is_running() for worker in self.workers), "none is left behind"
+        return self.process.returncode, said
+
+
+def test_the_number_of_processes(monkeypatch: pytest.MonkeyPatch, recipe: Callable[[int], Path]) -> None:
+    import torch
+
+    def wanted(gpus: int | None = None, processes: int | None = None) -> int:
+        loaded: Recipe = load_recipe(recipe(3), [])
+        keys = loaded.launch.model_copy(update={"gpus": gpus, "processes": processes})
+        return processes_for(loaded.model_copy(update={"launch": keys}))
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert (wanted(), wanted(processes=3)) == (1, 3)
+    with pytest.raises(ResourceError, match="not so many GPUs"):
+        wanted(gpus=1)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    assert (wanted(), wanted(gpus=2)) == (4, 2)
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    assert wanted(gpus=2) == 1, "the launcher says how many"
+
+
+@pytest.mark.slow
+def test_two_processes_learn_what_one_learns(tmp_path: Path, recipe: Callable[[int], Path]) -> None:
+    path = recipe(6)
+    one, two = (
+        finish(command(path, tmp_path / "one")),
+        finish(command(path, tmp_path / "two", "--processes", "2", "--json")),
+    )
+    assert (one.returncode, two.returncode) == (0, 0), two.stderr
+    assert json.loads(two.stdout)["metrics"]["pretrain"]["steps"] == 6, "one object, and nothing else"
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+    assert json.loads((tmp_path / "two" / "run.json").read_text())["stages"]["pretrain"]["facts"]["processes"] == 2
+    again = finish(command(path, tmp_path / "two", "--processes", "2"))
+    assert "pretrain unchanged" in again.stderr
+
+
+@pytest.mark.slow
+def test_a_signal_to_the_parent_saves_and_the_same_command_goes_on(
+    tmp_path: Path, recipe: Callable[[int], Path]
+) -> None:
+    path = recipe(60)
+    straight = finish(command(path, tmp_path / "straight", "--processes", "2"))
+    assert straight.returncode == 0, straight.stderr
+    code, said = 75, ""
+    for number in (signal.SIGUSR1, signal.SIGINT):
+        running = Running(command(path, tmp_path / "stopped", "--processes", "2"), tmp_path / "stopped")
+        running.process.send_signal(number)
+        code, said = running.end()
+        assert code == {signal.SIGUSR1: 75, signal.SIGINT: 130}[number], said
+        assert "which is saved" in said
+        assert said.count("error:") == 1, "one process's words, not each one's"
+    assert finish(command(path, tmp_path / "stopped", "--processes", "2")).returncode == 0
+    model = "pretrain/model/model.safetensors"
+    assert digest_file(tmp_path / "stopped" / model) == digest_file(tmp_path / "straight" / model)
+    steps = [line["step"] for line in read_metrics(tmp_path / "stopped" / "metrics.jsonl") if "loss" in line]
+    assert steps == sorted(set(steps))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_that_is_killed_is_named_and_all_end(
+    tmp_path: Path, recipe: Callable[[int], Path], rank: int
+) -> None:
+    running = Running(command(recipe(5000), tmp_path / "run", "--processes", "2"), tmp_path / "run")
+    running.workers[rank].kill()
+    code, said = running.end()
+    assert code == 5
+    assert f"process {rank} of 2 died" in said
+    assert "SIGKILL" in said
+
+
+@pytest.mark.slow
+def test_a_process_that_hangs_is_noticed(tmp_path: Path, recipe: Callable[[int], Path]) -> None:
+    more = ("--processes", "2", "--set", "launch.hang_after=8s")
+    running = Running(command(recipe(5000), tmp_path / "run", *more), tmp_path / "run")
+    running.workers[1].suspend()
+    started = time.monotonic()
+    code, said = running.end()
+    assert code == 5
+    assert "training hangs" in said
+    assert "1: step" in said
+    assert "stopped" in said
+    assert time.monotonic() - started < 60
+
+
+@pytest.mark.slow
+def test_the_error_of_the_process_that_failed_is_shown(tmp_path: Path, recipe: Callable[[int], Path]) -> None:
+    path = recipe(4)
+    path.write_text(path.read_text().replace("lr: 1.0e-3", "lr: 1.0e-3\n  optimizer: {name: sgd, momentum: 7000}"))
+    found = finish(command(path, tmp_path / "run", "--processes", "2", "--set", "pretrain.steps=400", "--json"))
+    assert found.returncode in (2, 6), found.stderr
+    assert json.loads(found.stdout)["exit_code"] == found.returncode
