@@ -1,0 +1,221 @@
+"""The sections on scores: did it get better, where, and how it errs."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from llmkit.report import figures
+from llmkit.report.blocks import Block, Charts, Matrix, Prose, Section, Table
+from llmkit.report.chart import Chart
+from llmkit.report.record import Record
+from llmkit.report.verdict import BETTER, OPEN, WORSE, changes, headline_metric, verdict
+from llmkit.report.words import DASH, interval, listed, number, p_value, plural, signed, title_of
+
+_WORDS = {BETTER: "better", WORSE: "worse", OPEN: "cannot be told"}
+_MOST_LABELS = 30  # of a confusion matrix
+_MOST_SLICES = 24  # of a chart
+
+
+def name_of(who: str) -> str:
+    """How a page calls a model of the results."""
+    return {"model": "after", "parent": "before", "other": "the other"}.get(who, who)
+
+
+def score_section(record: Record) -> Section:
+    """The verdict, all scores, and what else was measured."""
+    results = record.results
+    if results is None:
+        return Section("scores", "Did it get better?", ())
+    found = verdict(record)
+    blocks: list[Block] = [Prose(found.more)] if found and found.more else []
+    blocks += [_scores(results, who) for who in record.others] or [_scores_alone(results)]
+    blocks += _reasons(results)
+    blocks += _data_sets(record, results)
+    blocks += _benchmarks(results)
+    return Section("scores", "Did it get better?" if record.others else "Scores", blocks)
+
+
+def _reasons(results: Mapping[str, Any]) -> list[Block]:
+    """Why some metrics have no value or no interval."""
+    told: dict[str, dict[str, None]] = defaultdict(dict)
+    for some in (results.get("reasons") or {}).values():
+        for metric, why in some.items() if isinstance(some, dict) else ():
+            told[str(why)][title_of(metric)] = None
+    return [Prose(f"{listed(list(metrics))}: {why}.") for why, metrics in told.items()]
+
+
+def _scores(results: Mapping[str, Any], who: str) -> Table:
+    """Both models' scores, and the difference."""
+    intervals = results.get("intervals") or {}
+    rows, marks = [], {}
+    for place, change in enumerate(changes(results, who)):
+        bounds = [interval((intervals.get(one) or {}).get(change.metric)) for one in (who, "model")]
+        word = "the same" if change.is_same else _WORDS.get(change.verdict, DASH)
+        rows.append(
+            [
+                title_of(change.metric),
+                _with(number(change.before), bounds[0]),
+                _with(number(change.after), bounds[1]),
+                signed(change.difference),
+                interval([change.low, change.high]) or DASH,
+                p_value(change.p) or DASH,
+                word,
+            ]
+        )
+        if change.verdict in _WORDS and not change.is_same:
+            marks[place, 6] = change.verdict
+    examples = plural(int(results.get("examples") or 0), "held-out example")
+    columns = ("metric", name_of(who), "after", "difference", "95 % interval", "p", "verdict")
+    return Table(f"Scores over {examples}", columns, rows, frozenset({6}), marks)
+
+
+def _with(value: str, bounds: str) -> str:
+    return f"{value} ({bounds})" if bounds else value
+
+
+def _scores_alone(results: Mapping[str, Any]) -> Table:
+    bounds = (results.get("intervals") or {}).get("model") or {}
+    rows = [
+        [title_of(metric), number(value), interval(bounds.get(metric)) or DASH]
+        for metric, value in results["model"].items()
+        if isinstance(value, int | float)
+    ]
+    examples = plural(int(results.get("examples") or 0), "held-out example")
+    return Table(f"Scores over {examples}", ("metric", "value", "95 % interval"), rows)
+
+
+def _data_sets(record: Record, results: Mapping[str, Any]) -> list[Block]:
+    """Scores on each data set, and the gaps between them."""
+    blocks: list[Block] = []
+    sets = results.get("data_sets") or {}
+    metric = headline_metric(record)
+    if sets and metric:
+        who = [one for one in (*record.others, "model") if any(one in found for found in sets.values())]
+        rows = []
+        for name, found in sets.items():
+            cells = [
+                _with(
+                    number((found.get(one) or {}).get(metric)),
+                    interval(((found.get("intervals") or {}).get(one) or {}).get(metric)),
+                )
+                for one in who
+            ]
+            rows.append([name, f"{int(found.get('examples') or 0):,}", *cells])
+        columns = ("data", "examples", *(f"{title_of(metric)}, {name_of(one)}" for one in who))
+        blocks.append(Table("Scores by data set", columns, rows))
+    gaps = results.get("gaps") or []
+    gaps = [gap for gap in gaps if gap.get("metric") == metric] or gaps
+    if gaps:
+        rows = [
+            [
+                f"{gap.get('kind') or 'gap'}, {title_of(str(gap.get('metric', '')))}",
+                str(gap.get("from", "")).replace("_", " "),
+                str(gap.get("to", "")).replace("_", " "),
+                name_of(str(gap.get("who", "model"))),
+                signed(gap.get("gap")),
+                interval([gap.get("low"), gap.get("high")]) or DASH,
+            ]
+            for gap in gaps
+        ]
+        columns = ("gap", "from", "to", "model", "difference", "95 % interval")
+        blocks.append(Table("Gaps between data sets", columns, rows, frozenset({1, 2, 3})))
+    return blocks
+
+
+def _benchmarks(results: Mapping[str, Any]) -> list[Block]:
+    """Public benchmarks, as lm-eval scores them."""
+    found = results.get("benchmarks") or {}
+    who = sorted(found, key=lambda one: one == "model")
+    pairs = dict.fromkeys(
+        (task, metric)
+        for scores in found.values()
+        for task, values in scores.items()
+        for metric, value in values.items()
+        if isinstance(value, int | float)
+    )
+    if not pairs:
+        return []
+    rows = [
+        [f"{task}, {title_of(metric)}", *(number((found[one].get(task) or {}).get(metric)) for one in who)]
+        for task, metric in pairs
+    ]
+    return [Table("Public benchmarks", ("task", *map(name_of, who)), rows)]
+
+
+def slice_section(record: Record) -> Section:
+    """The headline metric by label, source, length or whatever the recipe names."""
+    results, metric = record.results, headline_metric(record)
+    found = [entry for entry in (results or {}).get("slices") or [] if metric in (entry.get("model") or {})]
+    who = [*record.others, "model"]
+    blocks: list[Block] = []
+    charts: list[Chart] = []
+    for by in dict.fromkeys(str(entry["by"]) for entry in found):
+        rows = [entry for entry in found if str(entry["by"]) == by]
+        if metric is None:
+            continue
+        if len(rows) <= _MOST_SLICES:
+            drawn = [(f"{entry['value']}", _ranges(entry, metric, who)) for entry in rows]
+            title = f"{title_of(metric)[0].upper()}{title_of(metric)[1:]} by {by}"
+            charts.append(figures.ranges(f"slices-{len(charts)}", title, metric, drawn, who))
+        blocks.append(_slice_table(by, metric, rows, who))
+    return Section("slices", "Where it is good", [Charts(charts), *blocks] if charts else blocks)
+
+
+def _ranges(entry: Mapping[str, Any], metric: str, who: Sequence[str]) -> dict[str, tuple[float, Any]]:
+    intervals = entry.get("intervals") or {}
+    return {
+        one: (float(entry[one][metric]), (intervals.get(one) or {}).get(metric))
+        for one in who
+        if isinstance((entry.get(one) or {}).get(metric), int | float)
+    }
+
+
+def _slice_table(by: str, metric: str, entries: Sequence[Mapping[str, Any]], who: Sequence[str]) -> Table:
+    rows = []
+    for entry in entries:
+        ranges = _ranges(entry, metric, who)
+        cells = [_with(number(ranges[one][0]), interval(ranges[one][1])) if one in ranges else DASH for one in who]
+        rows.append([str(entry["value"]), f"{int(entry.get('examples') or 0):,}", *cells])
+    columns = (by, "examples", *(f"{title_of(metric)}, {name_of(one)}" for one in who))
+    return Table(f"{title_of(metric)} by {by}", columns, rows)
+
+
+def error_section(record: Record) -> Section:
+    """The confusion matrix, what is most often taken for what, and scores by label."""
+    tables = ((record.results or {}).get("tables") or {}).get("model") or {}
+    blocks: list[Block] = []
+    labels, counts = tables.get("labels"), tables.get("confusion_matrix")
+    if labels and counts:
+        blocks += _confusion(list(map(str, labels)), counts)
+    by_label = tables.get("by_label") or {}
+    if by_label:
+        names = list(next(iter(by_label.values())))
+        rows = [[str(name), *(number(found.get(key)) for key in names)] for name, found in by_label.items()]
+        blocks.append(Table("Scores by label", ("label", *map(title_of, names)), rows))
+    bins = [entry for entry in (tables.get("calibration") or {}).get("bins") or [] if entry.get("examples")]
+    if bins:
+        blocks.append(Charts([figures.calibration("calibration", "Calibration", bins)]))
+    return Section("errors", "Errors by label", blocks)
+
+
+def _confusion(labels: list[str], counts: Sequence[Sequence[int]]) -> list[Block]:
+    blocks: list[Block] = []
+    pairs = [
+        (count, labels[is_], labels[said])
+        for is_, row in enumerate(counts)
+        for said, count in enumerate(row)
+        if is_ != said and count
+    ]
+    pairs.sort(key=lambda pair: -pair[0])
+    if len(labels) <= _MOST_LABELS:
+        shares = [[round(100 * count / max(sum(row), 1)) for count in row] for row in counts]
+        caption = (
+            "Confusion matrix: rows are what it is, columns what the model says, darker is a larger share of a row"
+        )
+        blocks.append(Matrix(caption, labels, counts, shares))
+    if pairs:
+        rows = [[is_, said, f"{count:,}"] for count, is_, said in pairs[:10]]
+        blocks.append(Table("Most frequent errors", ("it is", "the model says", "times"), rows, frozenset({1})))
+    return blocks

@@ -1,0 +1,164 @@
+"""Did it get better? The paired differences in words, honest where they say nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from llmkit import catalog
+from llmkit.report.record import Record
+from llmkit.report.words import interval, listed, number, p_value, plural, signed, title_of
+
+BETTER, WORSE, OPEN, NONE = "better", "worse", "open", "none"
+_FIRST = {  # which metric speaks for a task
+    "classify": ("accuracy", "f1", "loss"),
+    "regress": ("rmse", "mae", "loss"),
+}
+_FIRST_ELSE = ("loss", "perplexity")
+
+
+@dataclass(frozen=True)
+class Change:
+    """One metric of the model and of another: what was before, what is now, and what is known of the difference."""
+
+    metric: str
+    who: str
+    before: float
+    after: float
+    low: float | None
+    high: float | None
+    p: float | None
+    verdict: str  # better | worse | open | none
+
+    @property
+    def difference(self) -> float:
+        """After less before."""
+        return self.after - self.before
+
+    @property
+    def is_same(self) -> bool:
+        """True when the two are alike in all that was resampled."""
+        return self.low == self.high == 0 == self.difference
+
+    @property
+    def words(self) -> str:
+        """The difference with its interval and p-value."""
+        bounds = interval([self.low, self.high])
+        text = signed(self.difference)
+        if bounds:
+            text += f" (95 % interval of the difference {bounds}"
+            text += f", p {'' if (self.p or 0) < 0.001 else '= '}{p_value(self.p)})" if self.p is not None else ")"
+        return text
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A word, a sentence, and what else there is to know."""
+
+    kind: str
+    word: str
+    sentence: str
+    more: str = ""
+    change: Change | None = None
+
+
+def lower_is_better(metric: str) -> bool | None:
+    """None for a metric of the user's own, which says nothing of it."""
+    name = metric.removeprefix("general_")
+    if name not in catalog.CATALOG.get("metric", {}):
+        return None
+    return bool(catalog.resolve("metric", name).lower_is_better)
+
+
+def changes(results: Mapping[str, Any], who: str) -> list[Change]:
+    """What became of each metric that both models have."""
+    ours, theirs = results.get("model") or {}, results.get(who) or {}
+    known = (results.get("differences") or {}).get(who) or {}
+    found = []
+    for metric, after in ours.items():
+        before = theirs.get(metric)
+        if not isinstance(after, int | float) or not isinstance(before, int | float):
+            continue
+        entry = known.get(metric) or {}
+        low, high, p = entry.get("low"), entry.get("high"), entry.get("p")
+        found.append(Change(metric, who, before, after, low, high, p, _judged(metric, after - before, low, high)))
+    return found
+
+
+def _judged(metric: str, difference: float, low: float | None, high: float | None) -> str:
+    lower = lower_is_better(metric)
+    if low is None or high is None:
+        return NONE
+    if low <= 0 <= high:
+        return OPEN
+    if lower is None:
+        return NONE
+    return BETTER if (difference < 0) == lower else WORSE
+
+
+def headline_metric(record: Record) -> str | None:
+    """The metric that speaks for the task; of a list that the recipe gives the first."""
+    scores = (record.results or {}).get("model") or {}
+    wanted = (record.recipe.get("evaluate") or {}).get("metrics")
+    asked = tuple(wanted) if isinstance(wanted, list) else ()
+    for name in (*asked, *_FIRST.get(record.task, _FIRST_ELSE), *scores):
+        if isinstance(scores.get(name), int | float):
+            return str(name)
+    return None
+
+
+def verdict(record: Record) -> Verdict | None:
+    """None when nothing was scored."""
+    results, metric = record.results, headline_metric(record)
+    if results is None or metric is None:
+        return None
+    examples = plural(int(results.get("examples") or 0), "held-out example")
+    name, score = title_of(metric), results["model"][metric]
+    if not record.others:
+        bounds = interval((results.get("intervals") or {}).get("model", {}).get(metric))
+        with_bounds = f" (95 % interval {bounds})" if bounds else ""
+        sentence = f"The {name} over {examples} is {number(score)}{with_bounds}; it was held against no other model."
+        return Verdict(NONE, "Scored", sentence)
+    who = record.others[0]
+    against = {"parent": "its parent", "other": "the other model"}.get(who, who)
+    found = changes(results, who)
+    head = next((change for change in found if change.metric == metric), None)
+    if head is None:
+        return Verdict(NONE, "Scored", f"The {name} over {examples} is {number(score)}; {against} has none.")
+    return _worded(head, found, name, against, examples)
+
+
+def _worded(head: Change, found: list[Change], name: str, against: str, examples: str) -> Verdict:
+    went = "rose" if head.difference > 0 else "fell"
+    moved = f"from {number(head.before)} to {number(head.after)}"
+    facts = f"over {examples} the {name} {went} {moved} against {against}: {head.words}."
+    more = _others_worded([change for change in found if change is not head])
+    if head.difference == 0:
+        same = f"The {name} over {examples} is {number(head.after)} for both."
+        return Verdict(NONE, "Nothing changed", same, more, head)
+    if head.verdict == BETTER:
+        return Verdict(BETTER, "Yes, it got better", facts[0].upper() + facts[1:], more, head)
+    if head.verdict == WORSE:
+        return Verdict(WORSE, "No, it got worse", facts[0].upper() + facts[1:], more, head)
+    if head.verdict == OPEN:
+        honest = (
+            f"The {name} went {moved} against {against}: {head.words}. The interval contains zero, so {examples} cannot "
+            "tell a difference from chance."
+        )
+        return Verdict(OPEN, "It cannot be told", honest, more, head)
+    if head.low is None:
+        facts += " There is no interval, so that nothing tells how much of it may be chance."
+    return Verdict(NONE, f"The {name} {went}", facts[0].upper() + facts[1:], more, head)
+
+
+def _others_worded(found: list[Change]) -> str:
+    """How the other metrics went; nothing where there are no intervals."""
+    counts = {
+        "got better": sum(change.verdict == BETTER for change in found),
+        "got worse": sum(change.verdict == WORSE for change in found),
+        "cannot be told from before": sum(change.verdict == OPEN and not change.is_same for change in found),
+        "stayed the same": sum(change.is_same for change in found),
+    }
+    parts = [f"{count} {said}" for said, count in counts.items() if count]
+    return f"Of the {plural(len(found), 'other metric')} {listed(parts)}." if parts else ""

@@ -1,0 +1,143 @@
+"""`llmkit compare`: what is shown side by side, and when scores are said not to be comparable."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Cli
+from pages import read_page
+from run_directories import RECIPE, RESULTS, log_lines, make_run
+
+
+def variant(**keys: Any) -> dict[str, Any]:
+    """The recipe with other values of dotted keys."""
+    found = copy.deepcopy(RECIPE)
+    for key, value in keys.items():
+        section, _, name = key.partition("__")
+        (found.setdefault(section, {}) if name else found)[name or section] = value
+    return found
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> list[Path]:
+    """Two runs that differ in the rate, the seed and the scores."""
+    better = copy.deepcopy(RESULTS)
+    better["model"]["accuracy"] = 0.95
+    better["intervals"]["model"]["accuracy"] = [0.9, 0.98]
+    other = variant(seed=18, finetune__lr=1e-3, finetune__steps=40)
+    return [
+        make_run(tmp_path / "one", predictions=None),
+        make_run(tmp_path / "two", recipe=other, results=better, log=log_lines("finetune", 30), predictions=None),
+    ]
+
+
+def test_runs_side_by_side(runs: list[Path], cli: Cli) -> None:
+    done = cli("compare", *runs)
+    assert done.code == 0, done.err
+    lines = [" ".join(line.split()) for line in done.out.splitlines()]
+    assert "metric one two" in lines
+    assert "accuracy 0.9000 (0.8300 to 0.9500) 0.9500 (0.9000 to 0.9800)" in lines
+    assert "finetune: last training loss 0.3162 0.3651" in lines
+    assert "finetune: lowest held-out loss 0.3479 0.4017" in lines
+    assert "peak memory 3.0 GiB 3.0 GiB" in lines
+    assert "seed 17 18" in lines
+    assert "finetune.lr 0.0002 0.001" in lines
+    assert not [line for line in lines if line.startswith(("note", "finetune.steps", "name "))]
+    (spark,) = [line for line in lines if line.startswith("one training")]
+    assert spark.split()[-1].startswith("█")
+    assert spark.endswith("▁")
+
+
+def test_json(runs: list[Path], cli: Cli) -> None:
+    found = cli("compare", *runs, "--json").json
+    assert (found["status"], found["command"], found["comparable"], found["notes"]) == ("done", "compare", True, [])
+    first, second = found["runs"]
+    assert first["run_dir"] == str(runs[0])
+    assert first["scores"]["accuracy"] == 0.9
+    assert second["intervals"]["accuracy"] == [0.9, 0.98]
+    assert first["cost"] == {
+        "seconds": 14.0,
+        "train_seconds": 4.0,
+        "train_tokens": 3600,
+        "tokens_per_second": 900.0,
+        "peak_memory_bytes": 3 << 30,
+    }
+    assert first["losses"]["finetune"]["best_step"] == 40
+    assert found["recipe_differences"] == {"seed": [17, 18], "finetune.lr": [0.0002, 0.001]}
+
+
+def test_page(runs: list[Path], cli: Cli, tmp_path: Path) -> None:
+    file = tmp_path / "page.html"
+    assert cli("compare", *runs, "--html", file, "--json").json["artifacts"] == {"page": str(file)}
+    page = read_page(file.read_text(encoding="utf-8"))
+    assert [section.attributes["id"] for section in page.all("section")] == ["scores", "curves", "cost", "recipe"]
+    captions = [caption.text for caption in page.all("figcaption")]
+    assert captions[:2] == ["Accuracy", "Loss"]
+    assert "Finetune: training loss" in captions
+    assert "one: from 2.000 at step 1" in page.by_id("finetune-loss-description").text
+    assert not page.all("script", "img")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"recipe": variant(task="chat")}, "the tasks differ: classify: one; chat: other"),
+        (
+            {
+                "run": {
+                    "stages": {"evaluate": {"state": "done"}, "preprocess": {"state": "done", "facts": {"corpora": {}}}}
+                }
+            },
+            "the held-out data differ: one against other",
+        ),
+    ],
+)
+def test_scores_that_cannot_be_compared(
+    change: dict[str, Any], said: str, runs: list[Path], cli: Cli, tmp_path: Path
+) -> None:
+    other = make_run(tmp_path / "other", **change)
+    done = cli("compare", runs[0], other)
+    assert f"Scores cannot be compared: {said}" in done.out
+    assert cli("compare", runs[0], other, "--json").json["comparable"] is False
+
+
+def test_a_run_without_scores_and_answers_of_other_lengths(runs: list[Path], cli: Cli, tmp_path: Path) -> None:
+    bare = make_run(tmp_path / "bare", results=None, recipe=variant(evaluate__generate=8))
+    done = cli("compare", runs[0], bare)
+    assert f"bare has no scores: `llmkit evaluate {bare}` makes them." in done.out
+    assert "Some scores may not be comparable: evaluate.generate differ" in done.out
+
+
+def test_a_section_that_only_one_run_has_is_not_listed_key_by_key(runs: list[Path], cli: Cli, tmp_path: Path) -> None:
+    plain = variant(stages=["preprocess", "finetune", "evaluate"])
+    del plain["freeze"]
+    found = cli("compare", runs[0], make_run(tmp_path / "plain", recipe=plain), "--json").json
+    assert list(found["recipe_differences"]) == ["stages"]
+
+
+def test_runs_of_one_name_are_called_by_their_folders(runs: list[Path], cli: Cli, tmp_path: Path) -> None:
+    named = make_run(tmp_path / "named", recipe=variant(name="other"))
+    assert [run["name"] for run in cli("compare", *runs, "--json").json["runs"]] == ["one", "two"]
+    assert [run["name"] for run in cli("compare", runs[0], named, "--json").json["runs"]] == ["animals", "other"]
+
+
+def test_wrong_input(runs: list[Path], cli: Cli, tmp_path: Path) -> None:
+    assert cli("compare").code == 2
+    one = cli("compare", runs[0], "--json")
+    assert (one.code, one.json["expected"]) == (2, "two runs or more")
+    twice = cli("compare", runs[0], runs[1], runs[0], "--json")
+    assert (twice.code, twice.json["what"]) == (2, "a run is given twice")
+    assert cli("compare", runs[0], tmp_path / "nothing").code == 2
+    assert cli("compare", *runs, "--html", tmp_path / "no" / "page.html").code == 5
+    (runs[1] / "evaluate" / "results.json").write_text('{"model": 3}')
+    assert cli("compare", *runs).code == 4
+
+
+def test_secrets_are_not_shown(runs: list[Path], cli: Cli, tmp_path: Path) -> None:
+    secret = make_run(tmp_path / "secret", recipe=variant(data={"train": "https://me:hunter2@host/rows.jsonl"}))
+    done = cli("compare", runs[0], secret)
+    assert "host/rows.jsonl" in done.out
+    assert "hunter2" not in done.out + cli("compare", runs[0], secret, "--json").out
