@@ -23,6 +23,7 @@ CATALOG: dict[str, dict[str, str]] = {
         "text": "llmkit.tasks.text:TextTask",
         "chat": "llmkit.tasks.chat:ChatTask",
         "classify": "llmkit.tasks.classify:ClassifyTask",
+        "regress": "llmkit.tasks.regress:RegressTask",
     },
     "builtin data set": {
         "python-docs": "llmkit.data.builtin.python_docs:PythonDocs",
@@ -36,6 +37,7 @@ CATALOG: dict[str, dict[str, str]] = {
         "alpaca": "llmkit.data.rows:from_alpaca",
         "sharegpt": "llmkit.data.rows:from_sharegpt",
         "text_label": "llmkit.data.rows:from_text_label",
+        "text_number": "llmkit.data.rows:from_text_number",
     },
     "filter": {
         "fix_encoding": "llmkit.data.filters.fix_encoding:FixEncodingFilter",
@@ -78,8 +80,37 @@ CATALOG: dict[str, dict[str, str]] = {
         "wsd": "llmkit.optim.schedules:wsd",
         "plateau": "llmkit.optim.schedules:plateau",
     },
+    "metric": {
+        "loss": "llmkit.metrics.tokens:LOSS",
+        "perplexity": "llmkit.metrics.tokens:PERPLEXITY",
+        "bits_per_byte": "llmkit.metrics.tokens:BITS_PER_BYTE",
+        "token_accuracy": "llmkit.metrics.tokens:TOKEN_ACCURACY",
+        "exact_match": "llmkit.metrics.text:EXACT_MATCH",
+        "rouge1": "llmkit.metrics.text:ROUGE_1",
+        "rouge2": "llmkit.metrics.text:ROUGE_2",
+        "rougeL": "llmkit.metrics.text:ROUGE_L",
+        "bleu": "llmkit.metrics.text:BLEU",
+        "chrf": "llmkit.metrics.text:CHRF",
+        "accuracy": "llmkit.metrics.classification:ACCURACY",
+        "balanced_accuracy": "llmkit.metrics.classification:BALANCED_ACCURACY",
+        "precision": "llmkit.metrics.classification:PRECISION",
+        "recall": "llmkit.metrics.classification:RECALL",
+        "f1": "llmkit.metrics.classification:F1",
+        "f1_micro": "llmkit.metrics.classification:F1_MICRO",
+        "roc_auc": "llmkit.metrics.classification:ROC_AUC",
+        "ece": "llmkit.metrics.calibration:ECE",
+        "ece_calibrated": "llmkit.metrics.calibration:ECE_CALIBRATED",
+        "mae": "llmkit.metrics.regression:MAE",
+        "rmse": "llmkit.metrics.regression:RMSE",
+        "r2": "llmkit.metrics.regression:R2",
+        "pearson": "llmkit.metrics.regression:PEARSON",
+        "spearman": "llmkit.metrics.regression:SPEARMAN",
+    },
     "export format": {
         "transformers": "llmkit.formats.transformers:write",
+    },
+    "launch target": {
+        "slurm": "llmkit.launch.slurm:Slurm",
     },
 }
 

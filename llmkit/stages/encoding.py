@@ -21,6 +21,7 @@ from llmkit.data.split import copies, position
 from llmkit.data.workers import in_order
 from llmkit.model.loading import load_tokenizer
 from llmkit.run.directory import Run
+from llmkit.stages.origins import FILES, join_origins, save_origins
 from llmkit.tasks.base import Encoded, Task, TaskSettings
 
 _ROWS = "examples-of-rows.npy"
@@ -109,6 +110,9 @@ def encode_part(task: Task, work: EncodingTask) -> Path:
     writer = CorpusWriter(aside, {**task.columns, "source": SOURCE})
     cut = lost = 0
     examples_of: list[int] = []  # each row
+    files: list[int] = []  # of each example
+    lines: list[int] = []
+    number_of = {name: number for number, name in enumerate(work.part.shard.facts["sources"])}
     rejected: dict[str, list[Any]] = {}
     encoded_rows = _augmented(encoding, task, work.part) if encoding.augment else _repeated(encoding, task, work.part)
     with (aside / LEFT_OUT).open("w", encoding="utf-8") as left_out:
@@ -119,11 +123,15 @@ def encode_part(task: Task, work: EncodingTask) -> Path:
                 continue
             for example in encoded.examples:
                 writer.add({**example, "source": work.source})
+            files += [number_of[kept.where.source]] * len(encoded.examples)
+            lines += [kept.where.line] * len(encoded.examples)
             examples_of.append(len(encoded.examples))
             cut += encoded.lost_tokens > 0
             lost += encoded.lost_tokens
     np.save(aside / _ROWS, np.array(examples_of, np.int64))
-    writer.finish({"rows": len(examples_of), "rows_cut": cut, "tokens_cut": lost, "rejected": rejected})
+    save_origins(aside, files, lines)
+    meta = {"rows": len(examples_of), "rows_cut": cut, "tokens_cut": lost, "rejected": rejected, FILES: list(number_of)}
+    writer.finish(meta)
     aside.rename(work.folder)
     return work.folder
 
@@ -210,6 +218,23 @@ def encode_all(
     finally:
         progress.close()
     return found, sources
+
+
+def joined(folder: Path, examples: Examples, tokenizer: Any) -> Corpus:
+    """The parts of a corpus as one, without what is left out."""
+    task = examples.task
+    kept: Sequence[np.ndarray | None] = examples.kept or (None,) * len(examples.parts)
+    writer = CorpusWriter(folder, {**task.columns, "source": SOURCE})
+    for part, mask in zip(examples.parts, kept, strict=True):
+        writer.add_all(part, mask)
+    counts = {key: sum(part.meta[key] for part in examples.parts) for key in ("rows_cut", "tokens_cut")}
+    counts["rows"] = examples.rows_kept()
+    settings = vars(task.settings) | {"labels": list(task.settings.labels)}
+    identity = task.describe() | {"tokenizer": tokenizer}
+    files = join_origins(folder, examples.parts, kept)
+    return writer.finish(
+        {"settings": settings, "identity": identity, "sources": examples.sources, FILES: files} | counts
+    )
 
 
 def left_out_of(parts: Sequence[Corpus]) -> list[Path]:

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
-import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from llmkit.catalog import is_own_code
 from llmkit.data.corpus import Corpus
-from llmkit.errors import ArtifactError, Problem, RecipeError, did_you_mean
-from llmkit.files import digest_json, write_json
+from llmkit.data.own_code import OwnCode
+from llmkit.data.sources import source_digest
+from llmkit.errors import Problem, RecipeError, did_you_mean
+from llmkit.files import digest_file, digest_json, write_json
+from llmkit.metrics.statistic import Predictions
 from llmkit.model.folder import weights_digest
-from llmkit.model.loading import build_on_meta, load_config, load_model
+from llmkit.model.loading import build_on_meta, load_config
 from llmkit.model.location import locate
-from llmkit.model.precision import choose_precision, compute_in, default_device
+from llmkit.model.precision import choose_precision, default_device
 from llmkit.recipe.schema import Recipe, result_keys
 from llmkit.run.directory import Artifact, Run
+from llmkit.stages.against import others, refuse_other_kinds
 from llmkit.stages.base import (
     corpus_in,
     model_before,
@@ -25,19 +32,34 @@ from llmkit.stages.base import (
     task_for,
     upstream_models,
 )
+from llmkit.stages.benchmarks import add_benchmarks, benchmark_inputs
+from llmkit.stages.comparison import Comparing, Comparison
+from llmkit.stages.data_sets import data_set, train_sample
+from llmkit.stages.evaluation_results import (
+    HELD_OUT,
+    add_general,
+    all_gaps,
+    flat_metrics,
+    results_of,
+    scored_slices,
+    write_predictions,
+)
+from llmkit.stages.predictions import make_room
 from llmkit.stages.prefix import depth_for_good, known_to_score
 from llmkit.stages.prefix_cache import Alone, PrefixCache
-from llmkit.tasks.base import Known, Scores, Scoring, Task
-from llmkit.train.state import seed_everything
+from llmkit.stages.scoring import DataSet, ScoredModel
+from llmkit.stages.slices import slices_of
+from llmkit.tasks.base import Known, Scoring, Task
+from llmkit.tasks.scoring import metric_key, metric_named
 
 
 class Evaluate:
-    """Scores the newest model of the recipe, and its parent."""
+    """Scores the newest model of the recipe, its parent and other models, and says how sure the scores are."""
 
     name = "evaluate"
-    version = 1
+    version = 2
     trains = False
-    resumes = False
+    resumes = True
     distributed = False
 
     def needs(self, recipe: Recipe) -> tuple[str, ...]:
@@ -45,49 +67,58 @@ class Evaluate:
         return ("preprocess", *reversed(upstream_models(recipe, self.name)))
 
     def inputs(self, recipe: Recipe, run: Run) -> dict[str, Any]:
-        """The held-out corpus, both models' weights, and the keys of `evaluate`."""
-        against = _against(recipe)
-        return {f"recipe.evaluate.{key}": value for key, value in result_keys(recipe.evaluate).items()} | {
+        """The corpora, all models' weights, the user's own files, and the keys of `evaluate`.
+
+        Raises RecipeError for models that cannot be scored on the same examples, before anything is moved out of the way.
+        """
+        _refuse_unfit(recipe, run)
+        keys, corpora = recipe.evaluate, _corpora(run)
+        found = {f"recipe.evaluate.{key}": value for key, value in result_keys(keys).items() if key != "data_sets"} | {
             "recipe.task": recipe.task,
             "recipe.seed": recipe.seed,
-            "held out": _corpora(run).get(_corpus_name(run)),
-            "general text": _corpora(run).get("general"),
+            "held out": corpora.get(_corpus_name(run)),
+            "general text": corpora.get("general"),
             "model": model_content(recipe, run, self.name),
-            "against": weights_digest(locate(against)) if against else None,
+            "against": {name: weights_digest(locate(uri)) for name, uri in others(recipe).items()},
+            "evaluate.data_sets": {name: source_digest(uri) for name, uri in keys.data_sets.items()},
         }
+        if keys.train_sample:
+            found["training data"] = corpora.get("pretrain" if _corpus_name(run) == "pretrain-eval" else "train")
+        for path in map(OwnCode.path_of, filter(is_own_code, keys.metrics)):
+            found[f"the file {path.name}"] = digest_file(path) if path.is_file() else None
+        return found | benchmark_inputs(recipe)
 
     def run(self, recipe: Recipe, run: Run) -> Artifact:
-        """Writes `results.json`: metrics of the model and of what it is held against, tables and sample answers."""
-        corpus = require_corpus(run, _corpus_name(run), "data.eval")
-        task = task_for(recipe, run, corpus, "text" if _corpus_name(run) == "pretrain-eval" else None)
-        precision, why = choose_precision(recipe.evaluate.precision, default_device())
-        if why:
-            run.guess("evaluate.precision", precision, why)
-        scoring = scoring_for(recipe, len(corpus), precision)
-        folders = {"model": model_before(recipe, run, self.name)}
-        against = _against(recipe)
-        if against is not None:
-            folders["parent" if recipe.evaluate.against == "parent" else "other"] = locate(against)
-        general = corpus_in(run, "general")
-        plain = task_for(recipe, run, general, "text") if general is not None else None
-        scores = {}
-        for name, source in folders.items():
-            scores[name] = _score(recipe, run, task, corpus, scoring, source, name)
-            if general is not None and plain is not None:
-                whole = replace(scoring, metrics=plain.metrics, generate=0, samples=0)
-                found = _score(recipe, run, plain, general, whole, source, f"{name} on general text").metrics
-                more = {f"general_{metric}": value for metric, value in found.items()}
-                scores[name] = replace(scores[name], metrics=scores[name].metrics | more)
+        """Writes `results.json` and, for each data set, `predictions*.jsonl`, with what each model said of each example.
+
+        What was scored before is not scored again, whichever run it was in; a kill loses a batch.
+        """
+        data = _data(recipe, run)
+        slices = slices_of(recipe, data[HELD_OUT])
+        models = _models(recipe, run)
         folder = run.folder(self.name)
-        results: dict[str, Any] = {name: found.metrics for name, found in scores.items()}
-        results["examples"] = len(corpus)
-        results["tables"] = {name: found.tables for name, found in scores.items() if found.tables}
-        results["samples"] = _samples(scores)
+        predictions = _predictions(data, models)
+        comparisons: dict[str, Comparison] = {}
+        results: dict[str, Any] = {}
+        for name, each in data.items():
+            compare = Comparing(each.scoring.metrics, recipe.evaluate.resamples, recipe.seed)
+            comparisons[name] = compare(predictions[name], name)
+            suffix = "" if name == HELD_OUT else f"-{name}"
+            write_predictions(folder / f"predictions{suffix}.jsonl", each, predictions[name])
+            if name == HELD_OUT:
+                results = results_of(each, comparisons[name], predictions[name])
+                results["slices"] = scored_slices(slices, predictions[name], compare)
+        make_room({folder for model in models for folder in model.kept})
+        add_general(results, comparisons.pop("general", None))
+        results["data_sets"] = {name: found.json() for name, found in comparisons.items() if name != HELD_OUT}
+        results["gaps"] = all_gaps(comparisons)
+        folders, precision = {model.name: model.folder for model in models}, data[HELD_OUT].scoring.precision
+        add_benchmarks(results, recipe, run, folders, precision)
         write_json(folder / "results.json", results)
-        metrics = {f"{name}.{key}": value for name, found in scores.items() for key, value in found.metrics.items()}
-        return Artifact(
-            self.name, folder / "results.json", digest_json(results), (f"{self.name}/results.json",), metrics
-        )
+        files = ("results.json", *(path.name for path in sorted(folder.glob("predictions*.jsonl"))))
+        metrics = flat_metrics(results, [model.name for model in models])
+        made = tuple(f"{self.name}/{name}" for name in files)
+        return Artifact(self.name, folder / "results.json", digest_json(results), made, metrics)
 
 
 STAGE = Evaluate()
@@ -98,20 +129,33 @@ def wanted_metrics(recipe: Recipe) -> tuple[str, ...]:
     known, wanted = task_class(recipe).metrics, recipe.evaluate.metrics
     if wanted == "auto":
         return known
-    problems = [
-        Problem(
-            f"the task {recipe.task} has no metric `{name}`",
-            got=name,
-            expected="one of " + ", ".join(known),
-            hint=did_you_mean(name, known),
-            where="evaluate.metrics",
-        )
-        for name in wanted
-        if name not in known
-    ]
+    problems = []
+    for name in wanted:
+        if is_own_code(name):
+            problems += _wrong_own_metric(recipe, name)
+        elif name not in known:
+            expected = "one of " + ", ".join(known) + ", or your own as path.py:function"
+            what, hint = f"the task {recipe.task} has no metric `{name}`", did_you_mean(name, known)
+            problems.append(Problem(what, got=name, expected=expected, hint=hint, where="evaluate.metrics"))
+    twice = [key for key, count in Counter(map(metric_key, wanted)).items() if count > 1]
+    problems += [Problem(f"the metric `{key}` is named twice", got=key, where="evaluate.metrics") for key in twice]
     if problems:
         raise RecipeError(problems[0].what, problems=problems)
     return tuple(wanted)
+
+
+def _wrong_own_metric(recipe: Recipe, name: str) -> list[Problem]:
+    """What is wrong with the user's metric before it is called."""
+    try:
+        metric_named(name)
+    except RecipeError as error:
+        return list(error.problems)
+    if recipe.task == "text":
+        what = f"the metric `{name}` compares answers with references, and the task text has neither"
+        return [
+            Problem(what, got=name, expected="a task with answers, such as chat or classify", where="evaluate.metrics")
+        ]
+    return []
 
 
 def scoring_for(recipe: Recipe, examples: int, precision: str) -> Scoring:
@@ -128,67 +172,84 @@ def scoring_for(recipe: Recipe, examples: int, precision: str) -> Scoring:
     )
 
 
-def _score(recipe: Recipe, run: Run, task: Task, corpus: Corpus, scoring: Scoring, folder: Path, name: str) -> Scores:
-    """Loads a model and scores it. A new head (a parent that never saw these labels) is seeded, and said to be new."""
-    seed_everything(recipe.seed)
-    loaded = load_model(folder, task.auto_class, **task.model_changes(load_config(folder)))
-    if loaded.new_parameters:
-        run.reporter.note(
-            f"the {name} has no trained {', '.join(loaded.new_parameters)}: its scores are those of chance"
-        )
-    model = loaded.model.to(scoring.device).eval()
-    compute_in(model, scoring.precision)
-    scoring = replace(scoring, objective=task.objective(model))
-    known = _known(recipe, run, task, model, corpus, scoring, name)
-    progress = run.reporter.progress(f"scoring the {name}", task.work(corpus, scoring), "examples")
-    try:
-        scores = task.evaluate(model, corpus, replace(scoring, advance=progress.advance, known=known))
-    finally:
-        progress.close()
-    wrong = [f"{metric} {value}" for metric, value in scores.metrics.items() if not math.isfinite(value)]
-    if wrong:
-        raise ArtifactError(
-            f"the {name}'s scores are not finite numbers",
-            got=", ".join(wrong),
-            expected="finite weights and a loss",
-            hint="its training diverged, or its files are damaged; evaluate.precision: fp32 rules out the precision",
-            where=folder,
-        )
-    return scores
+def _data(recipe: Recipe, run: Run) -> dict[str, DataSet]:
+    """All data to score: what is held out, general text, further data sets, and a sample of what was learnt from."""
+    name = _corpus_name(run)
+    corpus = require_corpus(run, name, "data.eval")
+    task = _task(recipe, run, corpus)
+    precision, why = choose_precision(recipe.evaluate.precision, default_device())
+    if why:
+        run.guess("evaluate.precision", precision, why)
+    scoring = scoring_for(recipe, len(corpus), precision)
+    found = {HELD_OUT: DataSet(HELD_OUT, "the held-out data", task, corpus, np.arange(len(corpus)), scoring)}
+    general = corpus_in(run, "general")
+    if general is not None:
+        plain = task_for(recipe, run, general, "text")
+        whole = replace(scoring, metrics=plain.metrics, generate=0, samples=0)
+        found["general"] = DataSet("general", "general text", plain, general, np.arange(len(general)), whole)
+    for own in recipe.evaluate.data_sets:
+        more = data_set(recipe, run, task, own, corpus)
+        asked = scoring_for(recipe, len(more), precision)
+        found[own] = DataSet(own, f"the data set {own}", task, more, np.arange(len(more)), asked)
+    sample = train_sample(recipe, run, name, len(corpus))
+    if sample is not None:
+        unwritten = replace(scoring, generate=0, samples=0)
+        found["train"] = DataSet("train", "training examples", task, *sample, unwritten)
+    return found
 
 
-def _known(
-    recipe: Recipe, run: Run, task: Task, model: Any, corpus: Corpus, scoring: Scoring, name: str
-) -> Known | None:
-    """What leaves the frozen blocks for each example, where that is kept already or both models have the same."""
-    if recipe.freeze is None or recipe.freeze.cache is False:
-        return None
-    ours = load_config(model_before(recipe, run, "evaluate"))
-    depth = depth_for_good(recipe, run, build_on_meta(ours, task.auto_class))
-    if not depth:
-        return None
-    keys = recipe.freeze.model_copy(update={"cache_precision": "auto"})  # training may take rounded states, scores not
-    cache = PrefixCache(keys, run, scoring.objective, model, task.size_column, scoring.precision, Alone())
-    alike = recipe.evaluate.against == "parent" and upstream_models(recipe, "evaluate") == ("finetune",)
-    return known_to_score(cache, corpus, depth, 2 if alike else 1, f"the held-out data for the {name}")
+def _predictions(data: Mapping[str, DataSet], models: Sequence[ScoredModel]) -> dict[str, dict[str, Predictions]]:
+    """What each model says of each data set, one model in memory at a time; of training examples only the first."""
+    found: dict[str, dict[str, Predictions]] = {name: {} for name in data}
+    for model in models:
+        for name, each in data.items():
+            if name != "train" or model is models[0]:
+                found[name][model.name] = model.predictions(each)
+        model.release()
+    return found
 
 
-def _samples(scores: dict[str, Scores]) -> list[dict[str, str]]:
-    """The same prompts with the answers of each model."""
-    first = scores["model"].samples
+def _refuse_unfit(recipe: Recipe, run: Run) -> None:
+    uris = {name: uri for name, uri in others(recipe).items() if name != "parent"}
+    corpus = corpus_in(run, _corpus_name(run)) if uris else None
+    if corpus is not None:
+        task = _task(recipe, run, corpus)
+        for uri in uris.values():
+            refuse_other_kinds(task, uri, locate(uri))
+
+
+def _task(recipe: Recipe, run: Run, corpus: Corpus) -> Task:
+    return task_for(recipe, run, corpus, "text" if _corpus_name(run) == "pretrain-eval" else None)
+
+
+def _models(recipe: Recipe, run: Run) -> list[ScoredModel]:
+    """The model first, then what it is held against."""
+    folders = {"model": model_before(recipe, run, "evaluate")}
+    for name, uri in others(recipe).items():
+        folders[name] = locate(uri)
+
+    def known(name: str) -> Any:
+        return lambda model, data, scoring: _known(recipe, run, data, model, scoring, name)
+
     return [
-        {"prompt": sample["prompt"], "reference": sample["reference"]}
-        | {name: found.samples[number]["answer"] for name, found in scores.items()}
-        for number, sample in enumerate(first)
+        ScoredModel(run, name, folder, weights_digest(folder), recipe.seed, recipe.evaluate.cache, known(name))
+        for name, folder in folders.items()
     ]
 
 
-def _against(recipe: Recipe) -> str | None:
-    """The URI of the model to hold against; None when there is none, or when it would be the same one."""
-    against = recipe.evaluate.against
-    if against != "parent":
-        return against
-    return recipe.model if upstream_models(recipe, "evaluate") else None
+def _known(recipe: Recipe, run: Run, data: DataSet, model: Any, scoring: Scoring, name: str) -> Known | None:
+    """What leaves the frozen blocks for each example, where that is kept already or both models have the same."""
+    if recipe.freeze is None or recipe.freeze.cache is False or data.name not in (HELD_OUT, "general"):
+        return None
+    ours = load_config(model_before(recipe, run, "evaluate"))
+    depth = depth_for_good(recipe, run, build_on_meta(ours, data.task.auto_class))
+    if not depth:
+        return None
+    keys = recipe.freeze.model_copy(update={"cache_precision": "auto"})  # training may take rounded states, scores not
+    cache = PrefixCache(keys, run, scoring.objective, model, data.task.size_column, scoring.precision, Alone())
+    alike = "parent" in recipe.evaluate.models and upstream_models(recipe, "evaluate") == ("finetune",)
+    what = f"the held-out data for the {name}" + (" on general text" if data.name == "general" else "")
+    return known_to_score(cache, data.corpus, depth, 2 if alike else 1, what)
 
 
 def _corpora(run: Run) -> dict[str, str]:

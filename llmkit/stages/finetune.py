@@ -35,7 +35,7 @@ from llmkit.train.state import seed_everything
 
 # Peak rates for a parent that does not record its own. Text and chat: the rate at which Ouyang et al. (InstructGPT,
 # 2022) and most recipes since tune whole models; classify: from the range of Devlin et al. (BERT, 2019).
-_DEFAULT_LR = {"text": 2e-5, "chat": 2e-5, "classify": 5e-5}
+_DEFAULT_LR = {"text": 2e-5, "chat": 2e-5, "classify": 5e-5, "regress": 5e-5}
 _ADAPTER_LR = 2e-4  # Dettmers et al. (QLoRA, 2023)
 
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from llmkit.data.batches import BatchOrder
 from llmkit.data.corpus import Corpus
-from llmkit.data.states import CorpusWithStates, States
+from llmkit.data.states import CorpusWithStates, KnownStates
 from llmkit.errors import RecipeError
 from llmkit.files import read_json
 from llmkit.model.anatomy import blocks_of, read_anatomy
@@ -105,14 +105,14 @@ def foreseen_prefix(keys: Freeze | None, model: Any, precision: str, passes: flo
     return ForeseenPrefix(depth, model.config.get_text_config().hidden_size * size, 2.0 * weights)
 
 
-def _states(cache: PrefixCache, corpus: Corpus, depths: list[int], what: str, *, pays: bool) -> dict[int, States]:
+def _states(cache: PrefixCache, corpus: Corpus, depths: list[int], what: str, *, pays: bool) -> dict[int, KnownStates]:
     """Kept states by depth, and those that are not kept yet where that pays."""
     found = _found(cache, corpus, depths, what)
     missing = [depth for depth in depths if depth not in found]
     return found | (cache.compute(corpus, missing, what) if missing and pays and len(corpus) else {})
 
 
-def _found(cache: PrefixCache, corpus: Corpus, depths: list[int], what: str) -> dict[int, States]:
+def _found(cache: PrefixCache, corpus: Corpus, depths: list[int], what: str) -> dict[int, KnownStates]:
     found = {depth: states for depth in depths if (states := cache.find(corpus, depth)) is not None}
     if found:
         cache.run.reporter.note(f"frozen prefix: the states of {what} are there from before")

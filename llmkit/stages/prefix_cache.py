@@ -14,7 +14,8 @@ import numpy as np
 import torch
 
 from llmkit.data.corpus import Corpus
-from llmkit.data.states import States, StatesWriter, folder_bytes, join_parts, make_room
+from llmkit.data.state_pool import PooledStates, StatePool, example_digests, save_examples
+from llmkit.data.states import KnownStates, States, StatesWriter, folder_bytes, join_parts, make_room
 from llmkit.errors import ArtifactError
 from llmkit.files import cache_folder, digest_json
 from llmkit.model.objective import Objective
@@ -52,11 +53,12 @@ class PrefixCache:
     precision: str
     accelerator: Any
     _digests: dict[int, str] = field(default_factory=dict)
+    _examples: dict[str, np.ndarray] = field(default_factory=dict)  # by the corpus's content
     _used: set[Path] = field(default_factory=set)  # folders that this run reads
 
     @property
     def folder(self) -> Path:
-        """All kept states of this user, one folder for each prefix and corpus."""
+        """All kept states of this user, in folders that are each of one prefix and of examples of one corpus."""
         return cache_folder("prefix")
 
     @property
@@ -66,30 +68,63 @@ class PrefixCache:
 
     def key(self, corpus: Corpus, depth: int) -> str:
         """The digest of all that decides the states of a corpus at a depth."""
+        return digest_json([self.prefix(depth), corpus.content])
+
+    def prefix(self, depth: int) -> str:
+        """The digest of all that decides the states of an example at a depth."""
         import transformers
 
         versions = [STATES_VERSION, torch.__version__, transformers.__version__]
         how = [self.precision, self.keys.cache_precision, self.model.device.type, type(self.objective).__name__]
         if depth not in self._digests:  # which reads all weights before the depth
             self._digests[depth] = prefix_digest(self.model, depth)
-        return digest_json([versions, how, corpus.content, self._digests[depth]])
+        return digest_json([versions, how, self._digests[depth]])
 
-    def find(self, corpus: Corpus, depth: int) -> States | None:
-        """The kept states, or None where any process misses them; damaged ones are removed, and it is said."""
+    def find(self, corpus: Corpus, depth: int) -> KnownStates | None:
+        """The kept states, or None where any process misses them; damaged ones are removed, and it is said.
+
+        They are those of this corpus, or of all its examples, whatever corpora these were in.
+        """
+        return self._of_corpus(corpus, depth) or self._of_examples(corpus, depth, whole=True)
+
+    def _of_corpus(self, corpus: Corpus, depth: int) -> States | None:
         key = self.key(corpus, depth)
         folder = self.folder / key[:16]
+        return self._opened(folder, key) if any(self._gathered(folder.is_dir())) else None
+
+    def _of_examples(self, corpus: Corpus, depth: int, *, whole: bool) -> PooledStates | None:
+        """What is kept of a corpus's examples, wherever; with `whole`, only where that is all of them."""
+        pool = StatePool(self.folder, self.prefix(depth))
+        while True:
+            folders, where = pool.choose(self._digests_of(corpus))
+            seen = self._gathered([folder.name for folder in folders])
+            if not folders or any(names != seen[0] for names in seen) or (whole and (where < 0).any()):
+                return None
+            opened = {folder: self._opened(folder, None) for folder in folders}
+            states = [each for each in opened.values() if each is not None]
+            if len(states) == len(folders):
+                return PooledStates(states, where)
+            pool = pool.without(folder for folder, each in opened.items() if each is None)
+
+    def _digests_of(self, corpus: Corpus) -> np.ndarray:
+        if corpus.content not in self._examples:
+            self._examples[corpus.content] = example_digests(corpus)
+        return self._examples[corpus.content]
+
+    def _opened(self, folder: Path, key: str | None) -> States | None:
+        """The states in a folder, checked; None, and said, where they are damaged for any process or not its own."""
         states, damage = None, ""
-        if folder.is_dir():
-            try:
-                states = States(folder)
-                if states.meta.get("key") != key:
-                    raise ArtifactError("kept hidden states belong to other weights", got=states.meta.get("key"))
-            except ArtifactError as error:
-                damage = f"{error.what}: {error.where or folder}"
+        try:
+            states = States(folder)
+            if key not in (None, states.meta.get("key")):
+                raise ArtifactError("kept hidden states belong to other weights", got=states.meta.get("key"))
+        except ArtifactError as error:
+            damage = f"{error.what}: {error.where or folder}" if folder.is_dir() else ""
+            states = None
         known = self._gathered((states is not None, damage))
         for said in filter(None, (said for _, said in known)):
             self.run.reporter.warn(f"{said}; they are computed again")
-        if all(there for there, _ in known) and not any(said for _, said in known):
+        if all(there for there, _ in known):
             self._used.add(folder)
             return states
         if self.accelerator.is_main_process and any(said for _, said in known):
@@ -97,20 +132,29 @@ class PrefixCache:
         self.accelerator.wait_for_everyone()
         return None
 
-    def compute(self, corpus: Corpus, depths: list[int], what: str) -> dict[int, States]:
-        """Computes and keeps the states of a corpus at some depths, all processes together; none where a disk is full."""
+    def compute(self, corpus: Corpus, depths: list[int], what: str) -> dict[int, KnownStates]:
+        """Computes and keeps the states of a corpus at some depths, all processes together; none where a disk is full.
+
+        Examples whose states are kept already, from whatever corpus, are left out.
+        """
         started = time.monotonic()
+        known = {depth: self._of_examples(corpus, depth, whole=False) for depth in depths}
+        lent = {depth: states for depth, states in known.items() if states is not None}
+        every = [n for n in range(len(corpus)) if len(lent) < len(depths) or not all(k.has(n) for k in lent.values())]
+        missing = np.array(every, np.int64)
         keys = {depth: self.key(corpus, depth) for depth in depths}
+        if len(missing) < len(corpus):  # then they are no whole corpus's
+            keys = {depth: digest_json([key, missing.tolist()]) for depth, key in keys.items()}
         mark = self._agreed(uuid4().hex[:8])
         asides = {depth: self.folder / f".{key[:16]}-{mark}" for depth, key in keys.items()}
-        failed, numbers = self._guarded(lambda: self._that_fit(corpus, len(depths)))
+        failed, numbers = self._guarded(lambda: self._that_fit(corpus, missing, len(depths)))
         if not failed and not len(numbers):
             self.run.reporter.warn(f"there is no room in {self.folder} for hidden states, within freeze.cache_bytes")
-            return {}
+            return dict(lent)
         if not failed:
             failed, _ = self._guarded(lambda: self._write(corpus, numbers, asides, what))
         if not failed:
-            failed, _ = self._guarded(lambda: self._publish(corpus, asides, keys))
+            failed, _ = self._guarded(lambda: self._publish(corpus, numbers, asides, keys))
         if failed:
             self.run.reporter.warn(
                 f"hidden states cannot be kept in {self.folder} ({failed}): the frozen blocks are computed each time; "
@@ -120,17 +164,17 @@ class PrefixCache:
                 for aside in asides.values():
                     shutil.rmtree(aside, ignore_errors=True)
             return {}
-        found = {depth: States(self.folder / key[:16]) for depth, key in keys.items()}
-        self._used |= {states.folder for states in found.values()}
-        size = sum(states.bytes for states in found.values())
-        left = f"; {len(corpus) - len(numbers):,} of {len(corpus):,} examples have no room" * (
-            len(numbers) < len(corpus)
-        )
+        made = {depth: States(self.folder / key[:16]) for depth, key in keys.items()}
+        self._used |= {states.folder for states in made.values()}
+        size = sum(states.bytes for states in made.values())
         self.run.reporter.note(
             f"frozen prefix: the states of {what} took {time.monotonic() - started:.1f} s and {size / 2**20:,.0f} MiB in "
-            f"{self.folder}{left}"
+            f"{self.folder}{_left_out(len(numbers), len(missing), len(corpus))}"
         )
-        return found
+        if len(missing) == len(corpus):
+            return dict(made)
+        found = {depth: self._of_examples(corpus, depth, whole=False) for depth in depths}
+        return {depth: states for depth, states in found.items() if states is not None}
 
     def _write(self, corpus: Corpus, numbers: np.ndarray, asides: dict[int, Path], what: str) -> None:
         """Writes this process's part of the states."""
@@ -148,12 +192,13 @@ class PrefixCache:
         finally:
             progress.close()
 
-    def _publish(self, corpus: Corpus, asides: dict[int, Path], keys: dict[int, str]) -> None:
+    def _publish(self, corpus: Corpus, numbers: np.ndarray, asides: dict[int, Path], keys: dict[int, str]) -> None:
         """Joins the parts and gives them their names; in the first process."""
         if not self.accelerator.is_main_process:
             return
         for depth, aside in asides.items():
-            meta = {"key": keys[depth], "depth": depth, "corpus": corpus.content}
+            meta = {"key": keys[depth], "depth": depth, "corpus": corpus.content, "prefix": self.prefix(depth)}
+            meta |= {"examples": save_examples(aside, self._digests_of(corpus), numbers), "created": time.time_ns()}
             join_parts(aside, self.accelerator.num_processes, meta)
             target = self.folder / keys[depth][:16]
             shutil.rmtree(target, ignore_errors=True)
@@ -182,15 +227,15 @@ class PrefixCache:
         size = 2 if self.dtype or self.precision == "bf16" else 4  # fp16 keeps sums in fp32
         return int(width * size)
 
-    def _that_fit(self, corpus: Corpus, depths: int) -> np.ndarray:
+    def _that_fit(self, corpus: Corpus, missing: np.ndarray, depths: int) -> np.ndarray:
         """The examples that there is room for, from the first on; what was kept longest ago makes room."""
-        sizes = corpus.lengths(self.size_column).cumsum() * self.bytes_a_token() * depths
+        sizes = corpus.lengths(self.size_column)[missing].cumsum() * self.bytes_a_token() * depths
         self.folder.mkdir(parents=True, exist_ok=True)
         most = cache_bytes(self.keys, self.folder) - sum(folder_bytes(folder) for folder in self._used)
         fitting = int(self._agreed(int(np.searchsorted(sizes, most, side="right"))))
         if fitting and self.accelerator.is_main_process:
             make_room(self.folder, most - int(sizes[fitting - 1]), self._used)
-        return np.arange(fitting)
+        return missing[:fitting]
 
     def _agreed(self, value: Any) -> Any:
         """The first process's value, in all of them."""
@@ -199,6 +244,13 @@ class PrefixCache:
         from accelerate.utils import broadcast_object_list
 
         return broadcast_object_list([value])[0]
+
+
+def _left_out(computed: int, missing: int, examples: int) -> str:
+    """What is not among the states that were computed, and why."""
+    before = f"; those of {examples - missing:,} of {examples:,} examples are there from before"
+    room = f"; {missing - computed:,} of {examples:,} examples have no room"
+    return before * (missing < examples) + room * (computed < missing)
 
 
 def cache_bytes(keys: Freeze, folder: Path) -> int:

@@ -23,6 +23,7 @@ from llmkit.optim import build_optimizer, build_schedule
 from llmkit.recipe.schema import Recipe
 from llmkit.recipe.training import Training
 from llmkit.stages.base import adapter_rules, freeze_plan, task_class, within
+from llmkit.stages.benchmarks import check_benchmarks
 from llmkit.stages.evaluate import wanted_metrics
 from llmkit.stages.training import rates_of
 
@@ -59,6 +60,7 @@ def _checks(recipe: Recipe) -> Iterator[Callable[[], Any]]:
         yield lambda: _check_freeze(recipe)  # without pretraining the freeze stage itself is early enough
     if "evaluate" in recipe.plan:
         yield lambda: wanted_metrics(recipe)
+        yield lambda: check_benchmarks(recipe)
 
 
 def _training_checks(stage: str, training: Training) -> Iterator[Callable[[], Any]]:

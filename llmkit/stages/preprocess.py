@@ -9,7 +9,6 @@ from typing import Any
 
 from llmkit import catalog
 from llmkit.data.augment import augmentation_files
-from llmkit.data.corpus import Corpus, CorpusWriter
 from llmkit.data.filters import filter_files
 from llmkit.data.gather import RowSet
 from llmkit.data.sources import source_digest
@@ -25,7 +24,7 @@ from llmkit.recipe.training import Tokenizer
 from llmkit.recipe.values import count_of
 from llmkit.run.directory import Artifact, Run
 from llmkit.stages.base import pretraining_corpora, relative_files
-from llmkit.stages.encoding import SOURCE, Encoding, Examples, Wanted, encode_all, left_out_of
+from llmkit.stages.encoding import Encoding, Examples, Wanted, encode_all, joined, left_out_of
 from llmkit.stages.leaks import leave_out_leaks
 from llmkit.stages.rows import RecipeRows, workers_of
 from llmkit.stages.statistics import corpus_statistics, show_statistics
@@ -86,13 +85,15 @@ class Preprocess:
         tokenizer = tokenizer_for(recipe, rows)
         tokenizer.save_pretrained(folder / "tokenizer")
         examples = _encoded(recipe, run, rows, tokenizer, work)
-        _refuse_too_long(recipe, tokenizer, examples)
+        refuse_too_long(recipe, tokenizer, examples)
         rejected = _rejected(rows, examples)
         files = [*rows.left_out, *(path for made in examples.values() for path in left_out_of(made.parts))]
         _write_rejected(folder / "rejected.jsonl", files)
         _refuse_too_many(rejected, rows.read, recipe.data, folder / "rejected.jsonl")
         leaks = leave_out_leaks(recipe, run, rows, examples, tokenizer)
-        corpora = {name: _joined(folder / name, made, tokenizer) for name, made in examples.items()}
+        corpora = {
+            name: joined(folder / name, made, tokenizer_digest(folder / "tokenizer")) for name, made in examples.items()
+        }
         statistics = corpus_statistics(corpora, rows, rejected) | {"leaks": leaks}
         write_json(folder / "statistics.json", statistics)
         show_statistics(run, corpora, statistics)
@@ -170,20 +171,7 @@ def _encoded(recipe: Recipe, run: Run, rows: RecipeRows, tokenizer: Any, work: P
     return {each.name: Examples(each.task, parts[each.name], sources[each.name]) for each in corpora}
 
 
-def _joined(folder: Path, examples: Examples, tokenizer: Any) -> Corpus:
-    """The parts of a corpus as one, without what is left out."""
-    task = examples.task
-    writer = CorpusWriter(folder, {**task.columns, "source": SOURCE})
-    for number, part in enumerate(examples.parts):
-        writer.add_all(part, None if examples.kept is None else examples.kept[number])
-    counts = {key: sum(part.meta[key] for part in examples.parts) for key in ("rows_cut", "tokens_cut")}
-    counts["rows"] = examples.rows_kept()
-    settings = vars(task.settings) | {"labels": list(task.settings.labels)}
-    identity = task.describe() | {"tokenizer": tokenizer_digest(folder.parent / "tokenizer")}
-    return writer.finish({"settings": settings, "identity": identity, "sources": examples.sources} | counts)
-
-
-def _refuse_too_long(recipe: Recipe, tokenizer: Any, examples: dict[str, Examples]) -> None:
+def refuse_too_long(recipe: Recipe, tokenizer: Any, examples: dict[str, Examples]) -> None:
     """Raises RecipeError when an example is longer than the recipe's model can take; from scratch, pretrain checks it."""
     if recipe.model is None:
         return

@@ -56,6 +56,8 @@ class RecipeRows(Tally):
             self._leave_out_held_out()
         elif data.train is not None and not data.stream:
             self.train, self.held_out = _split(self.train, data)
+        if data.train_share is not None and len(self.train):
+            self.train = _part(self.train, data)
         if data.replay is not None:
             self.train += self._replayed(data, data.replay, kind)
         if data.general is not None:
@@ -157,12 +159,15 @@ class RecipeRows(Tally):
     def _refuse_new_labels(self, gathered: Gathered, which: str) -> None:
         for label, where in gathered.labels.items():
             if label not in self.labels:
+                learnt = self._data.train is not None
                 raise DataError(
-                    f"{which} row has a label that the training data has not",
+                    f"{which} row has a label that the {'training data' if learnt else 'model'} has not",
                     got=label,
                     expected="one of " + ", ".join(self.labels),
                     where=where,
-                    hint="take the row out, or add rows with this label to data.train",
+                    hint="take the row out, or add rows with this label to data.train"
+                    if learnt
+                    else "take the row out, or name the labels in the order of their numbers (id2label) in config.json",
                 )
 
 
@@ -207,6 +212,13 @@ def _refuse_unknown_column(data: Data, learnt: Gathered) -> None:
                 hint="`llmkit inspect` shows the columns",
                 where=f"data.{key}",
             )
+
+
+def _part(rows: RowSet, data: Data) -> RowSet:
+    """The share of the training rows that is learnt from: the same rows as in every larger share."""
+    strata = rows.column("stratum") if data.stratify is not None else None
+    wanted = Share(count=max(1, round(share(str(data.train_share)) * len(rows))))
+    return rows.where(held_out(rows.column("place"), wanted, strata))
 
 
 def _split(rows: RowSet, data: Data) -> tuple[RowSet, RowSet]:

@@ -102,7 +102,7 @@ def sweep(recipe: Recipe, run: Run) -> Sweep:
         raise RecipeError(
             "depths are compared on held-out data, and there are none", expected="`data.eval`", where="freeze.blocks"
         )
-    accelerator = accelerator_for(job.training, run.path, "finetune")
+    accelerator = accelerator_for(job.training, "finetune")
     if accelerator.num_processes > 1:
         raise RecipeError(
             "a sweep runs in one process",

@@ -20,6 +20,7 @@ from llmkit.model.objective import Batch, Objective, to_device
 from llmkit.model.precision import autocast
 
 _Found = TypeVar("_Found")
+Fields = dict[str, np.ndarray]  # by name, of each example a value or a row
 
 
 @dataclass(frozen=True)
@@ -92,11 +93,12 @@ class Scoring:
 
 @dataclass(frozen=True)
 class Scores:
-    """A model's scores: numbers, tables beside them (a confusion matrix), and answers to look at."""
+    """A model's scores: numbers, why others have no value, tables (a confusion matrix), and answers to look at."""
 
     metrics: dict[str, float]
     tables: dict[str, Any] = field(default_factory=dict)
     samples: list[dict[str, str]] = field(default_factory=list)
+    reasons: dict[str, str] = field(default_factory=dict)
 
 
 class Task(Protocol):
@@ -137,8 +139,38 @@ class Task(Protocol):
     def padded(self, examples: Sequence[Example]) -> Batch:
         """Examples as padded rows that any model of this task takes: token ids and attention mask, both (B, T)."""
 
-    def work(self, corpus: Corpus, scoring: Scoring) -> int:
-        """How many times `evaluate` will say that an example is done: once when scored, once when answered."""
+    def predict(
+        self, model: Any, corpus: Corpus, numbers: np.ndarray, scoring: Scoring
+    ) -> Iterator[tuple[list[int], Fields]]:
+        """What the model makes of some examples, batch by batch: their numbers, and fields of as many values."""
+
+    def to_answer(self, corpus: Corpus, scoring: Scoring) -> np.ndarray:
+        """The numbers of the examples to which the model is to write an answer."""
+
+    def stops(self, corpus: Corpus, scoring: Scoring) -> list[int]:
+        """The tokens that end an answer, beside those that the model says."""
+
+    def answer(
+        self, model: Any, corpus: Corpus, numbers: np.ndarray, scoring: Scoring
+    ) -> Iterator[tuple[list[int], list[str]]]:
+        """Answers to some of those, batch by batch."""
+
+    def predictions(
+        self, corpus: Corpus, numbers: np.ndarray, fields: Fields, answers: Mapping[int, str]
+    ) -> dict[str, Any]:
+        """Of some examples all that metrics need: `fields` and answers by number, as `predict` and `answer` gave them."""
+
+    def shown(self, corpus: Corpus, number: int) -> dict[str, str]:
+        """An example for people: its `prompt` or `text`, and its `reference` where it has one."""
+
+    def said(self, predictions: Mapping[str, Any], place: int) -> dict[str, Any]:
+        """What the model said of an example, as JSON values."""
+
+    def samples(self, predictions: Mapping[str, Any], count: int) -> np.ndarray:
+        """The places of the examples that are shown with what the model said."""
+
+    def tables(self, predictions: Any) -> dict[str, Any]:
+        """Tables beside the scores."""
 
     def evaluate(self, model: Any, corpus: Corpus, scoring: Scoring) -> Scores:
         """The model's scores on a corpus of this task."""
@@ -147,26 +179,27 @@ class Task(Protocol):
 def computed(
     objective: Objective,
     corpus: Corpus,
+    chosen: np.ndarray,
     size_column: str,
     scoring: Scoring,
     compute: Callable[[Batch], _Found],
-) -> list[tuple[list[int], _Found]]:
-    """What `compute` makes of each batch of a corpus, beside the numbers of its examples, which are of like length.
+) -> Iterator[tuple[list[int], _Found]]:
+    """What `compute` makes of each batch of some examples, beside their numbers; those of like length go together.
 
     `compute` takes batches of `objective`, the task's own; meanwhile what is known of the corpus stands in for the prefix.
     """
-    known, found = scoring.known, []
+    known = scoring.known
     collating, source = (known.objective, known.corpus) if known else (objective, corpus)
     begun = known.objective.behind if known else nullcontext
     with collating.computing():
-        for some in by_length(corpus.lengths(size_column), scoring.batch_size):
-            numbers = some.tolist()
+        for some in by_length(corpus.lengths(size_column)[chosen], scoring.batch_size):
+            numbers = chosen[some].tolist()
             for part in filter(None, known.corpus.apart(numbers) if known else [numbers]):
                 batch = to_device(collating.collate([source[number] for number in part]), scoring.device)
                 with scoring.autocast(), begun(batch) as rest:
-                    found.append((part, compute(rest)))
+                    found = compute(rest)
                 scoring.advance(len(part))
-    return found
+                yield part, found
 
 
 def padded_rows(rows: Sequence[Any], pad_id: int, *, left: bool = False) -> tuple[np.ndarray, np.ndarray]:

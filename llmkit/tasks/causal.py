@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 
 from llmkit.data.corpus import Column, Corpus, Example, smallest_unsigned
+from llmkit.metrics.statistic import Predictions
 from llmkit.model.causal import read_causal_model
 from llmkit.model.objective import Batch
-from llmkit.tasks.base import Regularisation, Scoring, TaskSettings, computed
+from llmkit.tasks.base import Fields, Regularisation, Scores, Scoring, TaskSettings, computed
 from llmkit.tasks.causal_objective import CausalObjective, left_padded
-
-
-@dataclass(frozen=True)
-class TokenSums:
-    """Sums over all supervised tokens of a corpus; `loss` is in nats."""
-
-    loss: float
-    correct: int
-    tokens: int
+from llmkit.tasks.scoring import evaluate
 
 
 class CausalTask:
@@ -62,18 +54,52 @@ class CausalTask:
         return left_padded([np.asarray(example["input_ids"], np.int64) for example in examples], self.pad_id)
 
     def work(self, corpus: Corpus, scoring: Scoring) -> int:
-        """Each example is scored once."""
-        return len(corpus)
+        """Each example is scored once, and some are answered."""
+        return len(corpus) + len(self.to_answer(corpus, scoring))
 
     @torch.inference_mode()
-    def token_sums(self, model: Any, corpus: Corpus, scoring: Scoring) -> TokenSums:
-        """Loss and right tokens over a whole corpus."""
+    def predict(
+        self, model: Any, corpus: Corpus, numbers: np.ndarray, scoring: Scoring
+    ) -> Iterator[tuple[list[int], Fields]]:
+        """Of each example the summed loss in nats, its supervised tokens, and how many of them the model puts first."""
         objective = scoring.objective or self.objective(model)
+        found = computed(objective, corpus, numbers, self.size_column, scoring, objective.losses_and_hits)
+        for part, (losses, hits) in found:
+            counts = [np.count_nonzero(corpus[number]["supervised"][1:]) for number in part]
+            owner = np.repeat(np.arange(len(part)), counts)  # of each supervised token
+            loss, correct = (np.bincount(owner, each.double().numpy(), len(part)) for each in (losses, hits))
+            yield part, {"loss": loss, "tokens": np.array(counts), "correct": correct.astype(np.int64)}
 
-        def sums(batch: Batch) -> tuple[float, int, int]:
-            return *objective.loss_and_hits(batch), objective.count(batch)
+    def to_answer(self, corpus: Corpus, scoring: Scoring) -> np.ndarray:
+        """None."""
+        return np.zeros(0, np.int64)
 
-        loss, correct, tokens = 0.0, 0, 0
-        for _, (part, hits, count) in computed(objective, corpus, self.size_column, scoring, sums):
-            loss, correct, tokens = loss + part, correct + hits, tokens + count
-        return TokenSums(loss, correct, tokens)
+    def stops(self, corpus: Corpus, scoring: Scoring) -> list[int]:
+        """None."""
+        return []
+
+    def answer(
+        self, model: Any, corpus: Corpus, numbers: np.ndarray, scoring: Scoring
+    ) -> Iterator[tuple[list[int], list[str]]]:
+        """None."""
+        yield from ()
+
+    def said(self, predictions: Mapping[str, Any], place: int) -> dict[str, Any]:
+        """Sums over the supervised tokens, and the answer where one was written."""
+        found: dict[str, Any] = {"loss": float(predictions["loss"][place])}
+        found |= {name: int(predictions[name][place]) for name in ("tokens", "correct", "bytes") if name in predictions}
+        answer = predictions["answer"][place] if "answer" in predictions else None
+        return found | ({} if answer is None else {"answer": answer})
+
+    def samples(self, predictions: Mapping[str, Any], count: int) -> np.ndarray:
+        """None."""
+        return np.zeros(0, np.int64)
+
+    def tables(self, predictions: Predictions) -> dict[str, Any]:
+        """None."""
+        return {}
+
+    def evaluate(self, model: Any, corpus: Corpus, scoring: Scoring) -> Scores:
+        """The model's scores on a corpus of this task."""
+        task: Any = self  # with what its subclasses add
+        return evaluate(task, model, corpus, scoring)

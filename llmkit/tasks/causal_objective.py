@@ -19,7 +19,7 @@ from llmkit.model.forward import fast_forward
 from llmkit.model.objective import Batch
 from llmkit.model.packing import pack
 from llmkit.tasks.base import Regularisation, embedding_noise, padded_places, padded_rows
-from llmkit.tasks.cross_entropy import loss_and_hits, summed_cross_entropy
+from llmkit.tasks.cross_entropy import losses_and_hits, summed_cross_entropy
 
 _NOT_FOR_THE_MODEL = ("kept", "targets", "lengths", "places")
 
@@ -84,10 +84,10 @@ class CausalObjective:
         hidden, logits, weights = self._states(batch)
         return summed_cross_entropy(hidden, batch["targets"], logits, weights, smoothing)
 
-    def loss_and_hits(self, batch: Batch) -> tuple[float, int]:
-        """The summed loss, and how many supervised tokens the model puts first."""
+    def losses_and_hits(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """The loss of each supervised token, and whether the model puts it first, both (S,)."""
         hidden, logits, weights = self._states(batch)
-        return loss_and_hits(hidden, batch["targets"], logits, weights)
+        return losses_and_hits(hidden, batch["targets"], logits, weights)
 
     def _states(self, batch: Batch) -> tuple[torch.Tensor, Any, tuple[torch.Tensor, ...]]:
         """Something for each supervised token, the function that makes logits of it, and its parameters."""

@@ -1,33 +1,32 @@
-"""Conversations: the model learns to answer. Metrics on answers: loss, perplexity, token accuracy, ROUGE-L.
-
-ROUGE-L: Lin, "ROUGE: A Package for Automatic Evaluation of Summaries", 2004.
-"""
+"""Conversations: the model learns to answer. Metrics of answers that are given, and of answers that it writes."""
 
 from __future__ import annotations
 
-import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 
+from llmkit.catalog import is_own_code
 from llmkit.data.chat import ChatRenderer, Rendered
 from llmkit.data.corpus import Corpus, Example
 from llmkit.errors import RecipeError
-from llmkit.metrics.text import rouge_l
 from llmkit.model.loading import longest_input
-from llmkit.tasks.base import Encoded, Scores, Scoring, TaskSettings
+from llmkit.tasks.base import Encoded, Fields, Scoring, TaskSettings
 from llmkit.tasks.causal import CausalTask
+from llmkit.tasks.scoring import evenly
+
+ON_ANSWERS = ("rougeL", "exact_match", "rouge1", "rouge2", "bleu", "chrf")
 
 
 class ChatTask(CausalTask):
     """Every assistant turn is supervised, with the token that ends it, and nothing else."""
 
     kind: ClassVar[str] = "chat"
-    metrics: ClassVar[tuple[str, ...]] = ("loss", "perplexity", "token_accuracy", "rougeL")
+    metrics: ClassVar[tuple[str, ...]] = ("loss", "perplexity", "token_accuracy", *ON_ANSWERS)
 
     def __init__(self, tokenizer: Any, settings: TaskSettings) -> None:
         super().__init__(tokenizer, settings)
@@ -67,25 +66,30 @@ class ChatTask(CausalTask):
             for parts in rendered
         ]
 
-    def work(self, corpus: Corpus, scoring: Scoring) -> int:
-        """Each example is scored once, and some are answered."""
-        return len(corpus) + self._to_answer(scoring)
+    def to_answer(self, corpus: Corpus, scoring: Scoring) -> np.ndarray:
+        """`scoring.generate` conversations where a metric wants answers, else as many as are shown; evenly spaced."""
+        scored = scoring.wants(*ON_ANSWERS) or any(map(is_own_code, scoring.metrics))
+        return evenly(scoring.generate if scoring.generate and scored else scoring.samples, len(corpus))
 
-    def evaluate(self, model: Any, corpus: Corpus, scoring: Scoring) -> Scores:
-        """Scores over all answers; ROUGE-L over `scoring.generate` of them, answered greedily."""
-        sums = self.token_sums(model, corpus, scoring)
-        loss = sums.loss / sums.tokens
-        found = {
-            "loss": loss,
-            "perplexity": math.exp(min(loss, 700.0)),
-            "token_accuracy": sums.correct / sums.tokens,
-        }
-        samples = self._answers(model, corpus, self._to_answer(scoring), scoring)
-        if scoring.generate and scoring.wants("rougeL"):
-            found["rougeL"] = rouge_l([s["reference"] for s in samples], [s["answer"] for s in samples])
-        shown = np.linspace(0, len(samples) - 1, min(scoring.samples, len(samples))).astype(int)
-        metrics = {name: found[name] for name in self.metrics if name in scoring.metrics and name in found}
-        return Scores(metrics, samples=[samples[i] for i in shown])
+    def predictions(
+        self, corpus: Corpus, numbers: np.ndarray, fields: Fields, answers: Mapping[int, str]
+    ) -> dict[str, Any]:
+        """The sums, and of the conversations that were answered the answer and the reference."""
+        written = [answers.get(number) for number in numbers.tolist()]
+        pairs = zip(numbers.tolist(), written, strict=True)
+        references = [None if answer is None else self._reference(corpus[number]) for number, answer in pairs]
+        return fields | {"answer": written, "reference": references}
+
+    def shown(self, corpus: Corpus, number: int) -> dict[str, str]:
+        """The conversation up to its last answer, and that answer."""
+        prompt, reference = _last_answer(corpus[number])
+        decode = self.tokenizer.decode
+        return {"prompt": decode(prompt).strip(), "reference": decode(reference, skip_special_tokens=True).strip()}
+
+    def samples(self, predictions: Mapping[str, Any], count: int) -> np.ndarray:
+        """Some of those that were answered, evenly spaced."""
+        answered = [place for place, answer in enumerate(predictions["answer"]) if answer is not None]
+        return np.array([answered[place] for place in evenly(count, len(answered))], np.int64)
 
     def _encoded(self, parts: list[Rendered], encodings: Any, numbers: list[int]) -> Encoded | str:
         examples: list[Example] = []
@@ -112,38 +116,34 @@ class ChatTask(CausalTask):
         added = self.tokenizer.added_tokens_decoder.items()
         return {*self.tokenizer.all_special_ids, *(number for number, token in added if token.special)}
 
-    def _to_answer(self, scoring: Scoring) -> int:
-        return scoring.generate if scoring.generate and scoring.wants("rougeL") else scoring.samples
+    def _reference(self, example: Example) -> str:
+        return str(self.tokenizer.decode(_last_answer(example)[1], skip_special_tokens=True)).strip()
 
-    def _answers(self, model: Any, corpus: Corpus, count: int, scoring: Scoring) -> list[dict[str, str]]:
-        """Greedy answers to the last turn of `count` conversations, evenly spaced over the corpus."""
-        chosen = np.unique(np.linspace(0, len(corpus) - 1, min(count, len(corpus))).astype(int))
-        turns = [_last_answer(corpus[int(i)]) for i in chosen]
-        ends = {int(answer[-1]) for _, answer in turns} & self._special_ids()  # an answer that was cut has no end
+    def answer(
+        self, model: Any, corpus: Corpus, numbers: np.ndarray, scoring: Scoring
+    ) -> Iterator[tuple[list[int], list[str]]]:
+        """Greedy answers to the last turn of some conversations; those with as much room go together."""
+        ends = self.stops(corpus, scoring)
+        turns = {number: _last_answer(corpus[number])[0] for number in numbers.tolist()}
         reach = longest_input(model.config, self.tokenizer) or sys.maxsize
-        rooms = [min(scoring.max_new_tokens, reach - len(prompt)) for prompt, _ in turns]
-        answers: dict[int, str] = {}
-        order = sorted(range(len(turns)), key=lambda i: (rooms[i], -len(turns[i][0])))
-        for room, group in groupby(order, key=lambda i: rooms[i]):
+        rooms = {number: min(scoring.max_new_tokens, reach - len(prompt)) for number, prompt in turns.items()}
+        order = sorted(turns, key=lambda number: (rooms[number], -len(turns[number])))
+        for room, group in groupby(order, key=lambda number: rooms[number]):
             same = list(group)
             for first in range(0, len(same), scoring.batch_size):
                 part = same[first : first + scoring.batch_size]
-                written = self._generate(model, [turns[i][0] for i in part], ends, room, scoring)
-                answers |= dict(zip(part, written, strict=True))
+                written = self._generate(model, [turns[number] for number in part], ends, room, scoring)
                 scoring.advance(len(part))
-        decode = self.tokenizer.decode
-        return [
-            {
-                "prompt": decode(prompt).strip(),
-                "reference": decode(reference, skip_special_tokens=True).strip(),
-                "answer": answers[i],
-            }
-            for i, (prompt, reference) in enumerate(turns)
-        ]
+                yield part, written
+
+    def stops(self, corpus: Corpus, scoring: Scoring) -> list[int]:
+        """The special tokens that the answers end with in the data; one that was cut has no end."""
+        chosen = self.to_answer(corpus, scoring).tolist()
+        return sorted({int(_last_answer(corpus[number])[1][-1]) for number in chosen} & self._special_ids())
 
     @torch.inference_mode()
     def _generate(
-        self, model: Any, prompts: list[np.ndarray], ends: set[int], room: int, scoring: Scoring
+        self, model: Any, prompts: list[np.ndarray], ends: list[int], room: int, scoring: Scoring
     ) -> list[str]:
         """Greedy continuations, of at most `room` tokens, of a batch of prompts, without the token that ends them."""
         from transformers import GenerationConfig

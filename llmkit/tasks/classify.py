@@ -1,8 +1,8 @@
-"""Text classification. Metrics: loss, accuracy, macro precision, recall and F1, with a confusion matrix and F1 by class."""
+"""Text classification. Precision, recall and F1 are macro averages; a confusion matrix and scores by label go with them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -13,11 +13,14 @@ import torch.nn.functional as F
 
 from llmkit.data.corpus import Column, Corpus, Example, smallest_unsigned
 from llmkit.errors import DataError
-from llmkit.metrics.classification import classification_scores
+from llmkit.metrics.calibration import calibration_table
+from llmkit.metrics.classification import classification_tables
+from llmkit.metrics.statistic import Predictions
 from llmkit.model.forward import fast_forward
 from llmkit.model.objective import Batch
 from llmkit.tasks.base import (
     Encoded,
+    Fields,
     Regularisation,
     Scores,
     Scoring,
@@ -27,6 +30,7 @@ from llmkit.tasks.base import (
     padded_places,
     padded_rows,
 )
+from llmkit.tasks.scoring import evaluate, evenly
 
 
 class ClassifyTask:
@@ -34,7 +38,10 @@ class ClassifyTask:
 
     kind: ClassVar[str] = "labelled"
     auto_class: ClassVar[str] = "AutoModelForSequenceClassification"
-    metrics: ClassVar[tuple[str, ...]] = ("loss", "accuracy", "precision", "recall", "f1")
+    metrics: ClassVar[tuple[str, ...]] = (
+        *("loss", "accuracy", "precision", "recall", "f1"),
+        *("balanced_accuracy", "f1_micro", "roc_auc", "ece", "ece_calibrated"),
+    )
     shaped_by_data: ClassVar[bool] = True
     size_column: ClassVar[str] = "input_ids"
 
@@ -89,14 +96,21 @@ class ClassifyTask:
                 cut[place] = ids
         encoded: list[Encoded | str] = []
         for row, before, after in zip(rows, whole, cut, strict=True):
-            number = self.numbers.get(row["label"])
-            if number is None:
-                encoded.append(f"label `{row['label']}` is not among the labels of the training data")
+            target = self.target(row)
+            if isinstance(target, str):
+                encoded.append(target)
             elif not after:
                 encoded.append("text has no token")
             else:
-                encoded.append(Encoded([{"input_ids": after, "label": number}], len(before) - len(after)))
+                encoded.append(Encoded([{"input_ids": after, **target}], len(before) - len(after)))
         return encoded
+
+    def target(self, row: Mapping[str, Any]) -> dict[str, Any] | str:
+        """What the model is to say of a row, as columns of its example, or why there is nothing."""
+        number = self.numbers.get(row["label"])
+        if number is None:
+            return f"label `{row['label']}` is not among the labels of the training data"
+        return {"label": number}
 
     @classmethod
     def objective_of(cls, model: Any, pad_id: int, regularisation: Regularisation) -> ClassifyObjective:
@@ -116,31 +130,79 @@ class ClassifyTask:
         return len(corpus)
 
     @torch.inference_mode()
-    def evaluate(self, model: Any, corpus: Corpus, scoring: Scoring) -> Scores:
-        """Scores over all texts, and for `scoring.samples` of them what the model said."""
+    def predict(
+        self, model: Any, corpus: Corpus, numbers: np.ndarray, scoring: Scoring
+    ) -> Iterator[tuple[list[int], Fields]]:
+        """Of each text the log probability of each label, in nats."""
         objective = scoring.objective or self.objective(model)
 
-        def judged(batch: Batch) -> tuple[float, np.ndarray]:
-            logits = objective.logits(model, batch)
-            return F.cross_entropy(logits, batch["labels"], reduction="sum").item(), logits.argmax(dim=-1).cpu().numpy()
+        def judged(batch: Batch) -> np.ndarray:
+            found: np.ndarray = F.log_softmax(objective.logits(model, batch), dim=-1).cpu().numpy()
+            return found
 
-        loss, predicted = 0.0, np.zeros(len(corpus), np.int64)
-        for numbers, (part, labels) in computed(objective, corpus, self.size_column, scoring, judged):
-            loss += part
-            predicted[numbers] = labels
-        actual = np.asarray(corpus.values("label"), np.int64)
-        found, tables = classification_scores(actual, predicted, self.settings.labels)
-        found["loss"] = loss / len(corpus)
-        shown = np.unique(np.linspace(0, len(corpus) - 1, min(scoring.samples, len(corpus))).astype(int))
-        samples = [
-            {
-                "prompt": self.tokenizer.decode(corpus[int(i)]["input_ids"], skip_special_tokens=True),
-                "reference": self.settings.labels[actual[i]],
-                "answer": self.settings.labels[predicted[i]],
-            }
-            for i in shown
-        ]
-        return Scores({name: found[name] for name in self.metrics if name in scoring.metrics}, tables, samples)
+        for part, found in computed(objective, corpus, numbers, self.size_column, scoring, judged):
+            yield part, {"log_probabilities": found}
+
+    def to_answer(self, corpus: Corpus, scoring: Scoring) -> np.ndarray:
+        """None: a label is an answer."""
+        return np.zeros(0, np.int64)
+
+    def stops(self, corpus: Corpus, scoring: Scoring) -> list[int]:
+        """None."""
+        return []
+
+    def answer(
+        self, model: Any, corpus: Corpus, numbers: np.ndarray, scoring: Scoring
+    ) -> Iterator[tuple[list[int], list[str]]]:
+        """None."""
+        yield from ()
+
+    def predictions(
+        self, corpus: Corpus, numbers: np.ndarray, fields: Fields, answers: Mapping[int, str]
+    ) -> dict[str, Any]:
+        """The numbers and the names of the labels, told and found, and the loss."""
+        actual = np.asarray(corpus.values("label"), np.int64)[numbers]
+        found = fields["log_probabilities"].astype(np.float64)
+        predicted = found.argmax(axis=1)
+        labels = self.settings.labels
+        return {
+            "loss": -found[np.arange(len(actual)), actual],
+            "actual": actual,
+            "predicted": predicted,
+            "log_probabilities": found,
+            "reference": [labels[number] for number in actual],
+            "answer": [labels[number] for number in predicted],
+        }
+
+    def shown(self, corpus: Corpus, number: int) -> dict[str, str]:
+        """The text and its label."""
+        example = corpus[number]
+        text = self.tokenizer.decode(example["input_ids"], skip_special_tokens=True)
+        return {"prompt": text, "reference": self.settings.labels[example["label"]]}
+
+    def said(self, predictions: Mapping[str, Any], place: int) -> dict[str, Any]:
+        """The label with its probability, those of all, and the loss."""
+        probabilities = np.exp(predictions["log_probabilities"][place])
+        label = int(predictions["predicted"][place])
+        return {
+            "loss": float(predictions["loss"][place]),
+            "label": self.settings.labels[label],
+            "probability": float(probabilities[label]),
+            "probabilities": dict(zip(self.settings.labels, probabilities.tolist(), strict=True)),
+        }
+
+    def samples(self, predictions: Mapping[str, Any], count: int) -> np.ndarray:
+        """Evenly spaced."""
+        return evenly(count, len(predictions["actual"]))
+
+    def tables(self, predictions: Predictions) -> dict[str, Any]:
+        """The confusion matrix, scores by label, and accuracy by confidence."""
+        tables = classification_tables(predictions["actual"], predictions["predicted"], self.settings.labels)
+        return tables | {"calibration": calibration_table(predictions)}
+
+    def evaluate(self, model: Any, corpus: Corpus, scoring: Scoring) -> Scores:
+        """The model's scores on a corpus of this task."""
+        return evaluate(self, model, corpus, scoring)
 
 
 @dataclass(frozen=True)
@@ -159,11 +221,15 @@ class ClassifyObjective:
 
     def collate(self, examples: Sequence[Example]) -> Batch:
         """`input_ids` and `attention_mask` (B, T), and `labels` (B,)."""
-        labels = torch.tensor([example["label"] for example in examples])
+        labels = self.labels(examples)
         rows = [example["input_ids"] for example in examples]
         lengths = torch.tensor([len(row) for row in rows])
         batch = _right_padded(examples, self.pad_id)
         return batch | {"labels": labels, "lengths": lengths, "places": padded_places(rows)}
+
+    def labels(self, examples: Sequence[Example]) -> torch.Tensor:
+        """What is to be said, (B,)."""
+        return torch.tensor([example["label"] for example in examples])
 
     def count(self, batch: Batch) -> int:
         """The number of texts."""

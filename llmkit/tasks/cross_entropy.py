@@ -35,16 +35,16 @@ def summed_cross_entropy(
 
 
 @torch.no_grad()
-def loss_and_hits(
+def losses_and_hits(
     hidden: torch.Tensor, targets: torch.Tensor, logits: Logits, weights: tuple[torch.Tensor, ...]
-) -> tuple[float, int]:
-    """The summed cross entropy, and how many tokens have the largest logit."""
-    loss, hits = 0.0, 0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The cross entropy of each token, (S,) in fp32, and whether it has the largest logit, (S,); both on the CPU."""
+    losses, hits = [], []
     for part, wanted in _chunks(hidden, targets, weights):
         found = logits(part).float()
-        loss += F.cross_entropy(found, wanted, reduction="sum").item()
-        hits += int((found.argmax(dim=-1) == wanted).sum())
-    return loss, hits
+        losses.append(F.cross_entropy(found, wanted, reduction="none"))
+        hits.append(found.argmax(dim=-1) == wanted)
+    return torch.cat(losses).cpu(), torch.cat(hits).cpu()
 
 
 class _Chunked(torch.autograd.Function):

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from itertools import pairwise
 from typing import Any, ClassVar
@@ -12,7 +11,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from llmkit.data.corpus import Column, Corpus, Example
-from llmkit.tasks.base import Encoded, Scores, Scoring
+from llmkit.tasks.base import Encoded, Fields
 from llmkit.tasks.causal import CausalTask
 
 
@@ -78,15 +77,15 @@ class TextTask(CausalTask):
             for number, (text, ids) in enumerate(zip(texts, encodings["input_ids"], strict=True))
         ]
 
-    def evaluate(self, model: Any, corpus: Corpus, scoring: Scoring) -> Scores:
-        """Scores over all windows; the document's end token counts in the loss, not in the bytes."""
-        sums = self.token_sums(model, corpus, scoring)
-        text_bytes = int(np.sum(corpus.values("text_bytes")))
-        loss = sums.loss / sums.tokens
-        found = {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
-        if text_bytes:
-            found["bits_per_byte"] = sums.loss / math.log(2) / text_bytes
-        return Scores({name: found[name] for name in self.metrics if name in scoring.metrics and name in found})
+    def predictions(
+        self, corpus: Corpus, numbers: np.ndarray, fields: Fields, answers: Mapping[int, str]
+    ) -> dict[str, Any]:
+        """The sums, and the bytes of each window; the document's end token counts in the loss, not in the bytes."""
+        return fields | {"bytes": np.asarray(corpus.values("text_bytes"))[numbers]}
+
+    def shown(self, corpus: Corpus, number: int) -> dict[str, str]:
+        """The text of a window."""
+        return {"text": self.tokenizer.decode(corpus[number]["input_ids"], skip_special_tokens=True)}
 
     def _windows(self, ids: np.ndarray, widths: np.ndarray) -> Encoded | str:
         """The windows of one document, from its token ids and the bytes that each stands for, both (T,)."""

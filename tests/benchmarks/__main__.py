@@ -17,7 +17,7 @@ from typing import Any
 
 from rich.console import Console
 
-from tests.benchmarks import preprocessing, tables
+from tests.benchmarks import evaluation, preprocessing, tables
 from tests.benchmarks.contestants import train
 from tests.benchmarks.process import ROOT, ProcessError, run_module
 from tests.benchmarks.results import FORMULA, Record, add_rates, medians, mismatches, ratios
@@ -124,7 +124,10 @@ def _arguments() -> argparse.Namespace:
     everybody = {each.name: None for workload in WORKLOADS.values() for each in workload.contestants}
     only_asked = ", ".join(each.name for w in WORKLOADS.values() for each in w.contestants if each.asked_for)
     parser.add_argument(
-        "--only", choices=(*WORKLOADS, "preprocessing"), action="append", help="a workload; may be repeated"
+        "--only",
+        choices=(*WORKLOADS, "preprocessing", "evaluation"),
+        action="append",
+        help="a workload; may be repeated",
     )
     parser.add_argument(
         "--contestants", default="", help=f"names, with commas between; {only_asked} take part only when named"
@@ -155,6 +158,10 @@ def main() -> None:
             small = given.examples is not None
             size = (20.0, 20_000) if small else (preprocessing.MEGABYTES, preprocessing.DOCUMENTS)
             benchmark.results["preprocessing"] = preprocessing.report(*size, given.rounds)
+            benchmark.write()
+        if given.only is None or "evaluation" in given.only:
+            examples = given.examples or evaluation.EXAMPLES
+            benchmark.results["evaluation"] = evaluation.report(examples, evaluation.BATCH, given.rounds)
             benchmark.write()
     except ProcessError as error:  # what all contestants need; theirs are kept and reported
         sys.exit(str(error))

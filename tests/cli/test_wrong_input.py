@@ -385,17 +385,17 @@ def test_training_that_diverges(bench: Bench) -> None:
 def test_a_mistake_in_the_recipe_does_not_wait_for_training(bench: Bench) -> None:
     recipe = bench.folder / "recipe.yaml"
     text = f"name: late\ntask: chat\nmodel: {bench.llama}\ndata: {{train: {bench.chat}, eval: 20%}}\n"
-    recipe.write_text(text + "evaluate: {metrics: [bleu]}\nfinetune: {steps: 2}\n")
+    recipe.write_text(text + "evaluate: {metrics: [f1]}\nfinetune: {steps: 2}\n")
     for command in (("run", recipe), ("run", recipe, "--dry-run")):
-        refused(bench.llmkit(*command, "-o", bench.run), 2, "no metric `bleu`")
+        refused(bench.llmkit(*command, "-o", bench.run), 2, "no metric `f1`")
         assert not bench.run.exists()
 
 
 def test_mistakes_of_several_stages_are_told_at_once(bench: Bench) -> None:
-    wrong = ("evaluate.metrics=[bleu]", "finetune.optimizer.bettas=[1]", "data.filters=[{length: {max_chrs: 3}}]")
+    wrong = ("evaluate.metrics=[f1]", "finetune.optimizer.bettas=[1]", "data.filters=[{length: {max_chrs: 3}}]")
     options = [word for setting in wrong for word in ("--set", setting)]
     done = bench.llmkit("run", "-m", bench.llama, "-d", bench.chat, "-o", bench.run, *options)
-    refused(done, 2, "3 mistakes", "`bleu`", "did you mean `betas`?", "did you mean `max_chars`?")
+    refused(done, 2, "3 mistakes", "`f1`", "did you mean `betas`?", "did you mean `max_chars`?")
 
 
 def test_a_freeze_rule_that_matches_nothing_does_not_wait_for_pretraining(bench: Bench) -> None:

@@ -38,7 +38,7 @@ def canonical(name: str, values: dict[str, Any]) -> Any:
 
 def test_every_format_of_the_catalogue_has_its_kind() -> None:
     assert list(CANONICAL) == list(CATALOG["row format"])
-    assert set(CANONICAL.values()) == {"text", "chat", "labelled"}
+    assert set(CANONICAL.values()) == {"text", "chat", "labelled", "numbered"}
     assert all(callable(resolve("row format", name)) for name in CANONICAL)
 
 

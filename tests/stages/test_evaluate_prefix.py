@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from functools import partial
 from io import StringIO
@@ -18,10 +17,9 @@ from conftest import WORDS, Cli, Outcome, sentence, write_rows
 from llmkit.cli.app import main
 from llmkit.data.corpus import Corpus
 from llmkit.model.anatomy import blocks_of
+from llmkit.stages import scoring
 from llmkit.stages import sweep as sweeping
-from llmkit.tasks.base import Scores, Scoring
-from llmkit.tasks.chat import ChatTask
-from llmkit.tasks.classify import ClassifyTask
+from llmkit.tasks.scoring import fill
 
 RECIPE = """\
 name: tiny
@@ -30,7 +28,7 @@ model: MODEL
 data: {train: DATA, eval: 40%}
 freeze: {blocks: 0, embeddings: true}
 finetune: {epochs: 2, eval_every: 4, lr: 1e-2, warmup: 0, precision: fp32}
-evaluate: {precision: fp32, batch_size: BATCH, generate: 0, samples: 0}
+evaluate: {precision: fp32, batch_size: BATCH, generate: 0, samples: 0, train_sample: 0}
 """
 FOUND = r"the states of the held-out data for the (\S+) are there from before"
 COMPUTED = r"the states of the held-out data for the (\S+) took"
@@ -74,7 +72,8 @@ class Bench:
 
     def evaluate(self, *settings: str) -> Outcome:
         """Scores the model again, whether or not its inputs are the same."""
-        shutil.rmtree(self.run / "evaluate", ignore_errors=True)
+        for folder in (self.run / "evaluate", self.cache.with_name("predictions")):
+            shutil.rmtree(folder, ignore_errors=True)
         return self("evaluate", *settings)
 
     @property
@@ -144,22 +143,19 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
     """How often each block of each model is computed while it is scored, from now on."""
     found: list[list[int]] = []
 
-    def counting(evaluate: Callable[..., Scores], task: Any, model: Any, corpus: Any, scoring: Scoring) -> Scores:
+    def counting(table: Any, task: Any, model: Any, *given: Any) -> None:
         counts = [0] * len(blocks_of(model))
 
         def count(number: int, *given: Any) -> None:
             counts[number] += 1
 
         handles = [block.register_forward_pre_hook(partial(count, i)) for i, block in enumerate(blocks_of(model))]
-        scores = evaluate(task, model, corpus, scoring)
+        fill(table, task, model, *given)
         for handle in handles:
             handle.remove()
         found.append(counts)
-        return scores
 
-    for task in (ChatTask, ClassifyTask):
-        evaluate = task.evaluate
-        monkeypatch.setattr(task, "evaluate", lambda *given, evaluate=evaluate: counting(evaluate, *given))
+    monkeypatch.setattr(scoring, "fill", counting)
     return found
 
 

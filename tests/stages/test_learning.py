@@ -160,7 +160,7 @@ def test_a_classifier_goes_through_all_stages(cli: Cli, tiny_bert: Path, tmp_pat
     done = cli("run", "-m", tiny_bert, "-d", label_rows, "-o", run, "--json", "-q", *options)
     assert done.code == 0, done.out
     results = json.loads((run / "evaluate" / "results.json").read_text())
-    assert list(results["model"]) == ["loss", "accuracy", "precision", "recall", "f1"]
+    assert list(results["model"])[:5] == ["loss", "accuracy", "precision", "recall", "f1"]
     assert results["model"]["loss"] < results["parent"]["loss"]
     assert set(results["tables"]["model"]) >= {"confusion_matrix"}
     model = AutoModelForSequenceClassification.from_pretrained(run / "export" / "transformers")

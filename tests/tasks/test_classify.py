@@ -13,10 +13,12 @@ from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, precisio
 from transformers import AutoModelForSequenceClassification
 
 from llmkit.errors import DataError
-from llmkit.metrics.classification import classification_scores
+from llmkit.metrics.classification import classification_tables
+from llmkit.metrics.statistic import Predictions
 from llmkit.metrics.text import rouge_l
 from llmkit.tasks.base import Encoded, TaskSettings
 from llmkit.tasks.classify import ClassifyTask
+from llmkit.tasks.scoring import statistics_of
 
 LABELS = ("bird", "fish", "stone")
 ROWS = [{"text": sentence(i) * (1 + i % 3), "label": LABELS[i % 5 % 3]} for i in range(23)]
@@ -70,7 +72,7 @@ def test_scores_are_those_by_hand(task: ClassifyTask, model: Any, tmp_path: Path
     for size in (1, 4, 100):
         done: list[int] = []
         scores = task.evaluate(model, corpus, scoring_of(task, batch_size=size, samples=23, advance=done.append))
-        assert scores.metrics == pytest.approx(expected, abs=1e-5)
+        assert {name: scores.metrics[name] for name in expected} == pytest.approx(expected, abs=1e-5)
         assert [sample["answer"] for sample in scores.samples] == predicted
         assert [sample["reference"] for sample in scores.samples] == actual
         assert scores.tables["confusion_matrix"] == confusion_matrix(actual, predicted, labels=LABELS).tolist()
@@ -116,11 +118,14 @@ def test_fewer_than_two_labels_are_no_classes(tiny_bert: Path, labels: tuple[str
 
 def test_scores_when_labels_are_missing_on_one_side() -> None:
     actual, predicted = np.array([0, 0, 1, 1, 1]), np.array([0, 2, 1, 1, 0])
-    scores, tables = classification_scores(actual, predicted, ["a", "b", "c", "d"])
+    names = ("accuracy", "precision", "recall", "f1")
+    fields = {"actual": actual, "predicted": predicted}
+    _, scores, _ = statistics_of(names, Predictions(fields, np.arange(5), ("a", "b", "c", "d")))
     assert scores["accuracy"] == pytest.approx(3 / 5)
     assert scores["precision"] == pytest.approx((1 / 2 + 1 + 0) / 3)
     assert scores["recall"] == pytest.approx((1 / 2 + 2 / 3 + 0) / 3)
     assert scores["f1"] == pytest.approx((1 / 2 + 0.8 + 0) / 3)
+    tables = classification_tables(actual, predicted, ["a", "b", "c", "d"])
     assert tables["confusion_matrix"] == [[1, 0, 1, 0], [1, 2, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]]
     assert sorted(tables["by_label"]) == ["a", "b", "c"]
     assert tables["by_label"]["b"] == {"precision": 1.0, "recall": pytest.approx(2 / 3), "f1": 0.8, "examples": 3}

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from llmkit.tasks.cross_entropy import loss_and_hits, summed_cross_entropy
+from llmkit.tasks.cross_entropy import losses_and_hits, summed_cross_entropy
 
 TOKENS, SIZE, WORDS = 300, 8, 200_000  # chunks of 83 tokens
 Made = tuple[torch.Tensor, torch.nn.Linear, torch.Tensor]
@@ -104,9 +104,11 @@ def test_without_gradients_and_with_hits() -> None:
         targets[::3] = best[::3]
         expected = whole(hidden, head, targets)
         torch.testing.assert_close(in_chunks(hidden, head, targets), expected)
-        loss, hits = loss_and_hits(hidden, targets, head, tuple(head.parameters()))
-    assert loss == pytest.approx(expected.item(), rel=1e-5)
-    assert hits == int((best == targets).sum()) >= 100
+        losses, hits = losses_and_hits(hidden, targets, head, tuple(head.parameters()))
+    assert losses.shape == hits.shape == targets.shape
+    assert losses.sum().item() == pytest.approx(expected.item(), rel=1e-5)
+    assert torch.equal(hits, best == targets)
+    assert hits.sum() >= 100
 
 
 def test_bf16_sums_in_fp32() -> None:
@@ -141,7 +143,7 @@ def test_no_tensor_is_as_large_as_all_tokens_by_all_words() -> None:
     assert seen.size < TOKENS * WORDS / 3
     with Largest() as seen, torch.no_grad():
         in_chunks(*given)
-        loss_and_hits(given[0], given[2], given[1], tuple(given[1].parameters()))
+        losses_and_hits(given[0], given[2], given[1], tuple(given[1].parameters()))
     assert seen.size <= 2**24
     with Largest() as seen:
         gradients(whole, given)

@@ -1,0 +1,256 @@
+"""Cross-validation and learning curves: what several runs of one recipe say together.
+
+Folds share most of what they learn from, so their scores are not independent of each other, and the interval of the mean
+is a rough one (Bengio and Grandvalet, "No Unbiased Estimator of the Variance of K-Fold Cross-Validation", JMLR 5, 2004).
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llmkit import catalog
+from llmkit.errors import RecipeError, UsageError
+from llmkit.files import digest_json, read_json, write_json
+from llmkit.recipe.schema import Recipe
+from llmkit.recipe.values import is_share, share
+from llmkit.run.directory import Run
+from llmkit.stages.base import Stage
+
+CROSSVAL, CURVE, CURVE_RUNS = "crossval.json", "learning_curve.json", "learning-curve"
+_TRAINING = ("pretrain", "finetune")
+_NOT_A_FOLD = {CROSSVAL, "error.log"}
+
+
+@dataclass(frozen=True)
+class CrossValidation:
+    """The folds of a recipe in a folder: `fold-1` to `fold-K` are runs like any other, `crossval.json` has what they say."""
+
+    recipe: Recipe
+    folds: int
+    folder: Path
+
+    def check(self) -> None:
+        """Raises RecipeError for a recipe that cannot be divided, UsageError for a folder that belongs to something else."""
+        data = self.recipe.data
+        if data.train is None or data.eval_is_uri or data.eval is None:
+            raise RecipeError(
+                "cross-validation divides `data.train`, and the recipe holds out something else",
+                got="no data.train" if data.train is None else f"data.eval: {data.eval}",
+                expected="data.train, and no data.eval",
+                hint="--set data.eval=5% makes it a recipe that can be divided; the share itself then has no meaning",
+                where="data.eval",
+            )
+        require_training(self.recipe, "cross-validation")
+        if not self.folder.exists():
+            return
+        if not self.folder.is_dir() or (self.folder / "run.json").exists():
+            raise UsageError("folds need a folder of their own", got=self.folder, hint="choose another -o")
+        if not (self.folder / CROSSVAL).is_file():
+            if strange := [item.name for item in self.folder.iterdir() if item.name not in _NOT_A_FOLD]:
+                hint, got = "choose another -o", f"{self.folder}, with {strange[0]} in it"
+                raise UsageError("the folder holds something else than folds", got=got, hint=hint)
+            return
+        before = read_json(self.folder / CROSSVAL)
+        mine = (self.recipe.name, self.folds)
+        if (before.get("name"), before.get("folds")) != mine:
+            raise UsageError(
+                "the folder holds another cross-validation",
+                got=f"`{mine[0]}` in {mine[1]} folds",
+                expected=f"`{before.get('name')}` in {before.get('folds')} folds",
+                hint="choose another -o",
+                where=self.folder,
+            )
+
+    def settings(self, fold: int) -> tuple[str, ...]:
+        """What makes of the recipe that of a 1-based fold, as `--set` takes it."""
+        return (f"name={self.recipe.name}", f"data.fold={fold}/{self.folds}", stages_setting(self.recipe))
+
+    def run_of(self, fold: int) -> Path:
+        """The run directory of a fold."""
+        return self.folder / f"fold-{fold}"
+
+    def write(self, done: int) -> dict[str, Any]:
+        """Writes what the first so many folds say, and gives it."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        runs: list[dict[str, Any]] = [
+            {"fold": n, "run": self.run_of(n).name} | outcome(self.run_of(n)) for n in range(1, done + 1)
+        ]
+        found: dict[str, Any] = {"name": self.recipe.name, "folds": self.folds, "done": done}
+        found |= {"written": datetime.now(UTC).isoformat(timespec="seconds"), "runs": runs}
+        found |= over_folds([run["scores"] for run in runs]) if done > 1 else {}
+        write_json(self.folder / CROSSVAL, found)
+        return found
+
+
+def take_over(stage_name: str, recipe: Recipe, run: Run, donor: Path) -> bool:
+    """Takes a stage from a run in which it was done on the same inputs; False where it is done, or there is none.
+
+    The stages that it needs are done in both. Files are linked where that is possible, and else copied.
+    """
+    stage: Stage = catalog.resolve("stage", stage_name)
+    inputs = {"llmkit's own code": stage.version} | stage.inputs(recipe, run)
+    theirs = Run.peek(donor, recipe.name)
+    entry = theirs.stage(stage_name)
+    if run.stage(stage_name) or entry.get("fingerprint") != digest_json(inputs) or not theirs.is_done(stage_name):
+        return False
+    for name in entry["files"]:
+        (run.path / name).parent.mkdir(parents=True, exist_ok=True)
+        (run.path / name).unlink(missing_ok=True)
+        try:
+            os.link(donor / name, run.path / name)
+        except OSError:
+            shutil.copy2(donor / name, run.path / name)
+    run.record["stages"][stage_name] = entry
+    run.save()
+    return True
+
+
+def require_training(recipe: Recipe, what: str) -> None:
+    """Raises RecipeError for a recipe whose scores would be the same each time."""
+    if not set(_TRAINING) & set(recipe.plan):
+        raise RecipeError(
+            f"{what} trains a model several times, and the recipe trains none",
+            got="stages: " + ", ".join(recipe.plan),
+            expected="finetune or pretrain among them",
+            where="stages",
+        )
+
+
+def stages_setting(recipe: Recipe) -> str:
+    """The recipe's stages with evaluate, and without export, as `--set` takes them."""
+    stages = [stage for stage in recipe.plan if stage not in ("evaluate", "export")]
+    return f"stages=[{', '.join([*stages, 'evaluate'])}]"
+
+
+def outcome(run: Path) -> dict[str, Any]:
+    """What a run's evaluation found: examples held out and learnt from, seconds of all stages, and scores by model."""
+    record, results = read_json(run / "run.json"), read_json(run / "evaluate" / "results.json")
+    stages = record["stages"]
+    found: dict[str, Any] = {
+        "examples": results["examples"],
+        "train_examples": stages["preprocess"]["metrics"].get("train_examples"),
+        "seconds": round(sum(stage.get("seconds", 0.0) for stage in stages.values()), 2),
+    }
+    found["scores"] = {who: results[who] for who in models_of(results)}
+    intervals = results.get("intervals", {})
+    return found | ({"intervals": intervals} if intervals else {})
+
+
+def models_of(results: Mapping[str, Any]) -> list[str]:
+    """The models in results.json: the trained one first."""
+    own = results.get("model", {})
+    others = [
+        name
+        for name, found in results.items()
+        if name != "model" and isinstance(found, dict) and set(found) & set(own) and _are_numbers(found.values())
+    ]
+    return ["model", *others]
+
+
+def over_folds(scores: Sequence[Mapping[str, Mapping[str, float]]]) -> dict[str, Any]:
+    """By model and metric what the folds' scores are on the whole, and by other model how the trained one differs."""
+    found: dict[str, Any] = {who: _by_metric([fold.get(who, {}) for fold in scores]) for who in scores[0]}
+    differences = {}
+    for who in (name for name in scores[0] if name != "model"):
+        pairs = [(fold["model"], fold.get(who, {})) for fold in scores]
+        differences[who] = _by_metric([{m: a[m] - b[m] for m in a if m in b} for a, b in pairs])
+    return {"scores": found} | ({"differences": differences} if differences else {})
+
+
+def _by_metric(folds: Sequence[Mapping[str, float]]) -> dict[str, Any]:
+    return {metric: spread([fold[metric] for fold in folds if metric in fold]) for metric in folds[0]}
+
+
+def spread(values: Sequence[float]) -> dict[str, Any]:
+    """The mean, the standard deviation (of a sample), and the 95 % interval of the mean by Student's t distribution.
+
+    One value has neither.
+    """
+    from scipy.stats import t
+
+    count, mean = len(values), float(np.mean(values))
+    found: dict[str, Any] = {"values": list(values), "mean": mean, "std": None, "interval": None}
+    if count > 1:
+        std = float(np.std(values, ddof=1))
+        reach = float(t.ppf(0.975, count - 1)) * std / count**0.5
+        found |= {"std": std, "interval": [mean - reach, mean + reach]}
+    return found
+
+
+def shares_of(text: str) -> tuple[str, ...]:
+    """`10%,25%,100%` as shares, smallest first. Raises UsageError."""
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    wrong = [part for part in parts if not is_share(part) or not 0 < float(part.rstrip("% ")) <= 100]
+    if wrong or not parts:
+        raise UsageError(
+            "--learning-curve takes shares of the training data",
+            got=wrong[0] if wrong else text,
+            expected="for example 10%,25%,50%,100%",
+            where="--learning-curve",
+        )
+    return tuple(sorted(dict.fromkeys(f"{share(part) * 100:g}%" for part in parts), key=share))
+
+
+@dataclass(frozen=True)
+class LearningCurve:
+    """A run, and beside its stages runs of the same recipe that learn from less; the run itself is the point of 100 %."""
+
+    recipe: Recipe
+    shares: tuple[str, ...]
+    run: Path
+
+    def check(self) -> None:
+        """Raises RecipeError for a recipe that learns nothing, or has a share of its own."""
+        require_training(self.recipe, "a learning curve")
+        if self.recipe.data.train_share is not None:
+            raise RecipeError(
+                "a learning curve takes shares of all training data",
+                got=f"data.train_share: {self.recipe.data.train_share}",
+                hint="leave it out",
+                where="data.train_share",
+            )
+
+    @property
+    def smaller(self) -> tuple[str, ...]:
+        """The shares that have runs of their own."""
+        return tuple(part for part in self.shares if share(part) < 1)
+
+    def run_of(self, part: str) -> Path:
+        """The run directory of a share."""
+        return self.run / CURVE_RUNS / f"share-{part.removesuffix('%')}" if part in self.smaller else self.run
+
+    def settings(self, part: str) -> tuple[str, ...]:
+        """What makes of the recipe that of a share, as `--set` takes it; others are scored once, with the run itself."""
+        return (
+            *(f"name={self.recipe.name}", f"data.train_share={part}", "evaluate.against=null"),
+            stages_setting(self.recipe),
+        )
+
+    def write(self) -> dict[str, Any]:
+        """Writes `learning_curve.json` into the run, and gives it: by share the scores and their 95 % intervals."""
+        points = []
+        for part in self.shares:
+            found = outcome(self.run_of(part))
+            intervals = found.get("intervals", {}).get("model", {})
+            point = {"share": part, "run": str(self.run_of(part).relative_to(self.run))}
+            point |= {key: found[key] for key in ("train_examples", "seconds")}
+            points.append(point | {"scores": found["scores"]["model"], "intervals": intervals})
+        whole = outcome(self.run)
+        curve = {"name": self.recipe.name, "examples": whole["examples"], "points": points}
+        if "parent" in whole["scores"]:
+            intervals = whole.get("intervals", {}).get("parent", {})
+            curve["before"] = {"scores": whole["scores"]["parent"], "intervals": intervals}
+        write_json(self.run / CURVE, curve)
+        return curve
+
+
+def _are_numbers(values: Any) -> bool:
+    return all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
