@@ -2,7 +2,8 @@
 # make test   everything that is tested
 # make bench  llmkit against its peers on the same work, in turn (about two and a half hours on two cores;
 #             make bench ARGS="--rounds 1 --examples 16" tries it in a few minutes)
-# make soak   kills a small training again and again, and compares what it ends with (make soak ARGS="--kills 200")
+# make soak   kills small trainings 200 times and compares what is left with undisturbed ones (about 15 minutes on two cores;
+#             KILLS=50 or MINUTES=10 say how long, ARGS="--seed 2" something else)
 # make check  formatter, linter, type checker and the fast tests
 
 PYTHON ?= python3
@@ -28,8 +29,8 @@ test: $(VENV)/.models $(VENV)/.test       ## install, then run all tests
 bench: $(VENV)/.models $(VENV)/.bench       ## install, then compare llmkit with its peers
 	$(BIN)/python -m tests.benchmarks $(ARGS)
 
-soak: $(VENV)/.test         ## kill a small training at random moments, resume it, and compare (ARGS="--kills 200")
-	$(BIN)/python -m tests.soak $(ARGS)
+soak: $(VENV)/.test         ## install, then kill and resume small trainings
+	$(BIN)/python -m tests.soak $(if $(MINUTES),--minutes $(MINUTES),--kills $(or $(KILLS),200)) $(ARGS)
 
 lint: $(VENV)/.test         ## formatter, linter, type checker
 	$(BIN)/ruff format --check llmkit tests

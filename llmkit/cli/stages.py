@@ -68,9 +68,10 @@ class StageCommand:
                 if recipe.max_time is not None:
                     run.deadline = started + seconds_of(recipe.max_time)
                 launch = self._launcher(recipe, run)
-                run_stages(recipe, run, self._target, resume=self.resume, anyway=self.anyway, launch=launch)
+                made = run_stages(recipe, run, self._target, resume=self.resume, anyway=self.anyway, launch=launch)
                 names = [name for name in stages_for(recipe, self._target) if run.is_done(name)]
-                leave_report(run, lead=lead)
+                if any(decision.runs for decision in made) or not (path / "report.html").exists():
+                    leave_report(run, lead=lead)
             except (DivergedError, InterruptedByUserError):  # one that has to stop in time has none for a page
                 leave_report(run, lead=lead)
                 raise

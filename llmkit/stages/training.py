@@ -124,6 +124,7 @@ def make_fit(job: TrainingJob, accelerator: Any) -> Fit:
         note=run.reporter.note,
         describe=partial(_described, job.task.tokenizer),
         deadline=run.deadline,
+        save_last=True,
         save_behind=_has_room_for_copy(masters, training, sizing, device),
         accepted=run.stage(job.stage).get("accepts", ()),
         state=TrainState(micro_batch_tokens=sizing.micro_batch_tokens),

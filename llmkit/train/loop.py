@@ -67,6 +67,7 @@ class Fit:
     describe: Callable[[Example], dict[str, Any]] = lambda example: {}  # for people, as JSON values
     deadline: float | None = None  # of `time.monotonic`: when training has to be over
     save_behind: bool = False  # there is memory for a copy of what is saved
+    save_last: bool = False  # the last step too: what comes after it may be stopped as well
     accepted: Sequence[str] = ()  # fingerprints of other inputs from whose checkpoints to take what fits
     state: TrainState = field(default_factory=TrainState)
 
@@ -179,6 +180,8 @@ class Fit:
                 self.train.close()
             for hook in hooks:
                 hook.close()
+        if self.save_last and self.keeper.saved_step != self.state.step:
+            self._save(hooks)
         self.keeper.settle(self.state, self.training.keep)
         return self.state
 

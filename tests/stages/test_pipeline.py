@@ -140,7 +140,8 @@ def test_each_logged_step_is_one_object(finished: Path) -> None:
     steps = [(line["stage"], line["step"]) for line in lines if "loss" in line]
     assert steps == [("pretrain", 1), ("pretrain", 2), ("pretrain", 4), *(("finetune", n) for n in (1, 2, 3, 4))]
     for line in lines:
-        expected = {"loss", "lr", "grad_norm", "tokens_per_second"} if "loss" in line else {"eval_loss"}
+        expected = {"loss", "lr", "grad_norm", "tokens_per_second", "seconds", "peak_memory_bytes"}
+        expected = expected if "loss" in line else {"eval_loss"}
         assert set(line) == {"stage", "step", "tokens"} | expected
     assert [line["stage"] for line in lines if "eval_loss" in line] == ["pretrain", "finetune"]
     tokens = [line["tokens"] for line in lines if line["stage"] == "finetune" and "loss" in line]
