@@ -71,11 +71,16 @@ def missing() -> list[str]:
 
 def install() -> None:
     """Installs Debian's packages, where that is possible without a word: as root, in a container. Raises NoSlurm."""
-    if not missing():
-        return
-    if os.geteuid() != 0 or shutil.which("apt-get") is None or Path("/run/systemd/system").exists():
-        raise NoSlurm(f"no {', '.join(missing())}; install {' and '.join(PACKAGES)} (python tests/slurm.py --install)")
-    _apt_get()
+    from filelock import FileLock
+
+    with FileLock(Path(tempfile.gettempdir()) / "llmkit-slurm.lock"):  # two workers of pytest come here
+        lacking = missing()
+        if not lacking:
+            return
+        if os.geteuid() != 0 or shutil.which("apt-get") is None or Path("/run/systemd/system").exists():
+            hint = f"install {' and '.join(PACKAGES)} (python tests/slurm.py --install)"
+            raise NoSlurm(f"no {', '.join(lacking)}; {hint}")
+        _apt_get()
 
 
 def _apt_get() -> None:

@@ -131,10 +131,11 @@ class Slurm:
 
     def to_follow(self, jobs: Sequence[Submitted]) -> list[tuple[list[str], str]]:
         """squeue, the log, and scancel."""
-        ids = [job.id for job in jobs]
+        ids, last = [job.id for job in jobs], jobs[-1]
+        says = "what the first of them says" if last.job.is_array else "what llmkit says"
         return [
             (["squeue", f"--jobs={','.join(ids)}"], "what waits, and what runs"),
-            (["tail", "-F", jobs[-1].log], "what llmkit says"),
+            (["tail", "-F", last.log.replace("_*.log", "_0.log")], says),
             (["scancel", *ids], "saves, and ends"),
         ]
 

@@ -218,11 +218,12 @@ class Checkpoints:
         aside.rename(target)
         sync_folder(self.folder)
         _remove(aside.with_suffix(".old"))
-        self._delete_old()
+        self.prune()
         self.seconds = max(self.seconds, time.monotonic() - started)
         return target
 
-    def _delete_old(self) -> None:
+    def prune(self) -> None:
+        """Deletes the checkpoints that need not be kept."""
         there = published(self.folder)
         anchor = next((path for path in there if self.is_anchor(step_of(path))), None)
         for old in there[self.keep :]:

@@ -7,34 +7,28 @@ user's own task file (YAML), whose `!function` code runs, because the user named
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
-import importlib.util
-import io
-import logging
 import math
 import random
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from llmkit.errors import ArtifactError, DataError, LlmkitError, Problem, RecipeError, did_you_mean, raise_all
+from llmkit.errors import ArtifactError, RecipeError
 from llmkit.files import cache_folder, digest_json, read_json, write_json
 from llmkit.model.folder import tokenizer_digest, weights_digest
 from llmkit.model.loading import load_model, load_tokenizer
 from llmkit.model.precision import compute_in, default_device
 from llmkit.recipe.schema import Recipe
 from llmkit.run.directory import Run
-from llmkit.stages.base import task_class
-from llmkit.stages.benchmark_files import TaskFile, called, hub_answers, hub_is_off, is_file
+from llmkit.stages.benchmark_files import TaskFile, called, is_file
+from llmkit.stages.benchmark_tasks import KEY, load_tasks, own_failures, silence, version
 
 VERSION = 1  # raise it when the same model and benchmark come to give other scores
-_KEY = "evaluate.benchmarks"
 _SEEDS = {"python": 0, "numpy": 1234, "torch": 1234, "fewshot": 1234}  # those of the lm_eval command
 
 
@@ -46,36 +40,12 @@ class BenchmarkScores:
     reasons: dict[str, dict[str, str]] = field(default_factory=dict)
 
 
-def check_benchmarks(recipe: Recipe) -> None:
-    """Raises RecipeError or DataError with what can be known to fail before anything is trained."""
-    names = recipe.evaluate.benchmarks
-    if not names:
-        return
-    if task_class(recipe).auto_class != "AutoModelForCausalLM":
-        raise RecipeError(
-            "benchmarks are for models that write text",
-            got=f"task: {recipe.task}",
-            expected="task: text or chat",
-            where=_KEY,
-        )
-    if importlib.util.find_spec("lm_eval") is None:
-        raise RecipeError("benchmarks need lm-eval", hint="pip install 'llmkit[benchmarks]'", where=_KEY)
-    raise_all([problem for name in names if is_file(name) for problem in TaskFile(Path(name)).problems(_KEY)])
-    raise_all([problem for name in names if not is_file(name) for problem in _unknown(name)])
-    online = [name for name in names if not is_file(name) or TaskFile(Path(name)).needs_hub]
-    if online and not hub_answers():
-        raise _no_network(online[0], "the hub does not answer")
-    if hub_is_off():
-        for name in online:
-            _load(name)  # what is there is there at once
-
-
 def benchmark_inputs(recipe: Recipe) -> dict[str, Any]:
     """What decides the scores beside the recipe's keys: the version of lm-eval, and all that the user's own files name."""
     names = recipe.evaluate.benchmarks
     if not names:
         return {}
-    return {"lm-eval": _version()} | {f"file {Path(n).name}": TaskFile(Path(n)).content for n in names if is_file(n)}
+    return {"lm-eval": version()} | {f"file {Path(n).name}": TaskFile(Path(n)).content for n in names if is_file(n)}
 
 
 def add_benchmarks(
@@ -139,7 +109,7 @@ class _ScoredFolder:
         keys = self.recipe.evaluate
         how = [keys.benchmark_options.model_dump(), keys.batch_size, self.precision, default_device().type]
         what = TaskFile(Path(name)).content if is_file(name) else name
-        versions = [VERSION, _version(), torch.__version__, transformers.__version__]
+        versions = [VERSION, version(), torch.__version__, transformers.__version__]
         return digest_json([versions, how, what, weights_digest(self.folder), tokenizer_digest(self.folder)])
 
     def _computed(self, name: str) -> dict[str, Any]:
@@ -147,11 +117,11 @@ class _ScoredFolder:
         from lm_eval.evaluator import evaluate
 
         keys, errors = self.recipe.evaluate.benchmark_options, sys.stderr
-        loaded = _load(name)
-        with _silence():
+        loaded = load_tasks(name)
+        with silence():
             model = self._loaded(errors)
             _prepare(loaded["tasks"], keys.num_fewshot)
-            with _own_failures(name):
+            with own_failures(name):
                 found: dict[str, Any] = evaluate(
                     lm=model,
                     task_dict=loaded,
@@ -226,50 +196,6 @@ def _without_gaps(found: dict[str, Any]) -> tuple[dict[str, dict[str, float]], d
     return values, reasons
 
 
-@cache
-def _manager(registered: bool) -> Any:
-    """lm-eval's index of tasks; without `registered` it knows none by name, which takes no time."""
-    from lm_eval.tasks import TaskManager
-
-    return TaskManager(include_defaults=registered)
-
-
-def _load(name: str) -> dict[str, Any]:
-    """The tasks of a benchmark with their data. Raises DataError or RecipeError."""
-    registered = not is_file(name) or TaskFile(Path(name)).names_others
-    manager = _manager(registered)
-    wanted = name if is_file(name) else manager.match_tasks([name])
-    try:
-        with _silence(), _own_failures(name):
-            loaded: dict[str, Any] = manager.load(wanted)
-    except LlmkitError:
-        raise
-    except (ConnectionError, FileNotFoundError) as error:
-        if isinstance(error, ConnectionError) or "Hub" in str(error):
-            raise _no_network(name, _first_line(error)) from None
-        raise DataError(
-            f"the data of the benchmark {called(name)} are not there", got=_first_line(error), where=_KEY
-        ) from None
-    except Exception as error:  # whatever a task file and the readers of its data can raise
-        got = f"{type(error).__name__}: {_first_line(error)}"
-        raise RecipeError(f"lm-eval cannot load the benchmark {called(name)}", got=got, where=_KEY) from None
-    for task, found in loaded["tasks"].items():
-        _refuse_unfit(name, task, found)
-    return loaded
-
-
-def _refuse_unfit(name: str, task: str, found: Any) -> None:
-    if getattr(found, "UNSAFE_CODE", False):
-        raise RecipeError(
-            f"the benchmark {called(name)} runs code that the model wrote, which llmkit does not",
-            got=task,
-            hint="the lm_eval command does, with --confirm_run_unsafe_code",
-            where=_KEY,
-        )
-    if getattr(found, "MULTIMODAL", False):
-        raise RecipeError(f"the benchmark {called(name)} is for models that see or hear", got=task, where=_KEY)
-
-
 def _refuse_twice(name: str, tasks: set[str]) -> None:
     if tasks:
         raise RecipeError(
@@ -277,61 +203,5 @@ def _refuse_twice(name: str, tasks: set[str]) -> None:
             got=", ".join(sorted(tasks)),
             expected="each task once",
             hint=f"leave {called(name)} out, or give its `task:` another name",
-            where=_KEY,
+            where=KEY,
         )
-
-
-@contextlib.contextmanager
-def _silence() -> Iterator[None]:
-    """Puts aside lm-eval's bars, prints and warnings: what they say is checked and reported by the caller."""
-    log = logging.getLogger("lm_eval")
-    level = log.level
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        log.setLevel(logging.ERROR)
-        try:
-            yield
-        finally:
-            log.setLevel(level)
-
-
-@contextlib.contextmanager
-def _own_failures(name: str) -> Iterator[None]:
-    """Tells what the user's own code raised, with its file and line."""
-    try:
-        yield
-    except LlmkitError:
-        raise
-    except Exception as error:
-        line = TaskFile(Path(name)).line_of(error) if is_file(name) else None
-        if line is None:
-            raise
-        got = f"{type(error).__name__}: {_first_line(error)}"
-        raise DataError(f"the benchmark {called(name)}'s own code failed", got=got, where=line) from None
-
-
-def _unknown(name: str) -> list[Problem]:
-    manager = _manager(True)
-    if manager.match_tasks([name]):
-        return []
-    hint = (
-        did_you_mean(name, manager.all_tasks) or "`lm_eval ls tasks` lists them; a task file of your own ends in .yaml"
-    )
-    return [Problem(f"lm-eval has no benchmark `{called(name)}`", got=name, hint=hint, where=_KEY)]
-
-
-def _no_network(name: str, got: str) -> DataError:
-    return DataError(
-        f"the benchmark {called(name)} needs the network, and its data are not to be had",
-        got=got.splitlines()[0],
-        expected="a Hugging Face hub that answers, or data that were downloaded before",
-        hint="with HF_HUB_OFFLINE=1 only data that are there count; a task file with local data needs no network",
-        where=_KEY,
-    )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [""])[0]
-
-
-def _version() -> str:
-    return importlib.metadata.version("lm-eval")

@@ -23,7 +23,7 @@ from llmkit.optim import build_optimizer, build_schedule
 from llmkit.recipe.schema import Recipe
 from llmkit.recipe.training import Training
 from llmkit.stages.base import adapter_rules, freeze_plan, task_class, within
-from llmkit.stages.benchmarks import check_benchmarks
+from llmkit.stages.benchmark_tasks import check_benchmarks
 from llmkit.stages.evaluate import wanted_metrics
 from llmkit.stages.training import rates_of
 

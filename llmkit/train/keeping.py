@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -166,6 +167,9 @@ class Keeper:
         The last ones are kept in a checkpoint when they are not those.
         """
         self.collect(wait=True)
+        if self.accelerator.is_main_process:
+            with suppress(OSError):
+                self.checkpoints.prune()  # what a process that was killed had not come to
         if keep == "last" or state.best_step in (None, state.step):
             if self.average is not None:
                 self.masters.load(self.average.tensors)

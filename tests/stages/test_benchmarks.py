@@ -20,9 +20,10 @@ from llmkit.recipe.load import Override, load_recipe
 from llmkit.recipe.schema import Recipe
 from llmkit.run.directory import Run
 from llmkit.run.reporter import SilentReporter
-from llmkit.stages import benchmark_files, benchmarks
+from llmkit.stages import benchmark_files, benchmark_tasks, benchmarks
 from llmkit.stages.benchmark_model import BenchmarkModel, batches_by_beginning
-from llmkit.stages.benchmarks import benchmark_inputs, benchmark_scores, check_benchmarks
+from llmkit.stages.benchmark_tasks import check_benchmarks
+from llmkit.stages.benchmarks import benchmark_inputs, benchmark_scores
 
 DATA = "dataset_path: json\ndataset_kwargs: {data_files: rows.jsonl}\ntest_split: train\n"
 TASKS = {
@@ -222,7 +223,7 @@ def test_what_is_wrong_is_said_before_anything_runs(
     tasks: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(benchmarks, "_manager", lambda registered: FewTasks())
+    monkeypatch.setattr(benchmark_tasks, "_manager", lambda registered: FewTasks())
     if text is not None:
         (tasks / name).write_text(text)
     with pytest.raises(kind, match=said):
@@ -242,7 +243,7 @@ class FewTasks:
 
 
 def test_a_misspelt_benchmark_gets_a_suggestion(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(benchmarks, "_manager", lambda registered: FewTasks())
+    monkeypatch.setattr(benchmark_tasks, "_manager", lambda registered: FewTasks())
     with pytest.raises(RecipeError) as caught:
         check_benchmarks(recipe_with(tiny_llama, "helaswag"))
     assert caught.value.hint == "did you mean `hellaswag`?"
@@ -257,17 +258,17 @@ def test_a_task_that_classifies_has_no_benchmarks(tiny_bert: Path, tasks: Path) 
 def test_without_a_network_the_benchmark_is_named(
     tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(benchmarks, "_manager", lambda registered: FewTasks())
+    monkeypatch.setattr(benchmark_tasks, "_manager", lambda registered: FewTasks())
     recipe = recipe_with(tiny_llama, "hellaswag")
-    monkeypatch.setattr(benchmarks, "hub_is_off", lambda: True)  # then what was downloaded before counts
+    monkeypatch.setattr(benchmark_tasks, "hub_is_off", lambda: True)  # then what was downloaded before counts
     with pytest.raises(DataError, match="benchmark hellaswag needs the network"):
         check_benchmarks(recipe)
-    monkeypatch.setattr(benchmarks, "hub_is_off", lambda: False)
-    monkeypatch.setattr(benchmarks, "hub_answers", lambda: True)
+    monkeypatch.setattr(benchmark_tasks, "hub_is_off", lambda: False)
+    monkeypatch.setattr(benchmark_tasks, "hub_answers", lambda: True)
     check_benchmarks(recipe)
     with pytest.raises(DataError, match="benchmark hellaswag needs the network"):
         scored(recipe, tmp_path, model=tiny_llama)
-    monkeypatch.setattr(benchmarks, "hub_answers", lambda: False)
+    monkeypatch.setattr(benchmark_tasks, "hub_answers", lambda: False)
     with pytest.raises(DataError, match="the network") as caught:
         check_benchmarks(recipe)
     assert caught.value.got == "the hub does not answer"
