@@ -12,6 +12,7 @@ from __future__ import annotations
 import ctypes
 import getpass
 import os
+import random
 import shutil
 import signal
 import socket
@@ -52,6 +53,7 @@ SelectTypeParameters=CR_Core
 GresTypes=gpu
 SlurmdParameters=config_overrides
 SchedulerParameters=sched_interval=1,sched_min_interval=0,batch_sched_delay=0,bf_interval=1
+FirstJobId={first_job}
 KillWait=5
 KillOnBadExit=1
 {nodes}PartitionName=gpu Nodes=127.0.0.[1-2] Default=YES MaxTime=1:00:00 State=UP
@@ -122,7 +124,9 @@ def _configure(folder: Path) -> None:
     ports = _free_ports(1 + len(NODES))
     host = socket.gethostname().partition(".")[0]
     nodes = "".join(_NODE.format(node=node, host=host, port=port) for node, port in zip(NODES, ports[1:], strict=True))
-    conf = _CONF.format(folder=folder, user=getpass.getuser(), host=host, controller_port=ports[0], nodes=nodes)
+    first = random.randrange(1, 60_000)  # a training's port comes from its job's number: two clusters do not share it
+    about = {"user": getpass.getuser(), "host": host, "controller_port": ports[0], "nodes": nodes, "first_job": first}
+    conf = _CONF.format(folder=folder, **about)
     (folder / "slurm.conf").write_text(conf)
     (folder / "gres.conf").write_text(f"Name=gpu File={folder}/gpu[0-1]\n")
     for number in range(2):

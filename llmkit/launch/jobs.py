@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from llmkit.errors import ArtifactError, ResourceError, UsageError, did_you_mean
+from llmkit.errors import ArtifactError, LlmkitError, ResourceError, UsageError, did_you_mean
 from llmkit.files import read_json, write_atomically, write_json
 from llmkit.launch.limits import checkpoint_bytes, seconds_in, warning_for
 from llmkit.launch.points import Point
@@ -190,11 +190,16 @@ def write_jobs(target: Target, jobs: Sequence[Job], recipes: Sequence[tuple[Poin
 
 
 def hand_in(target: Target, jobs: Sequence[Job], asked: Asked) -> list[Submitted]:
-    """Hands the jobs in, each to wait for the one before it, and keeps their numbers with the run."""
+    """Hands the jobs in, each to wait for the one before it, and keeps their numbers with the run; all of them, or none."""
     done: list[Submitted] = []
     for job in jobs:
-        done.append(target.submit(job, *waits_for(asked, job, [before.id for before in done])))
-        write_json(job.folder / _RECORD, [entry(target, one) for one in done])
+        try:
+            done.append(target.submit(job, *waits_for(asked, job, [before.id for before in done])))
+        except LlmkitError:
+            if done:
+                target.cancel([before.id for before in done])
+            raise
+    write_json(jobs[0].folder / _RECORD, [entry(target, one) for one in done])
     return done
 
 

@@ -116,6 +116,10 @@ class Slurm:
         why = f"{reason}: `scontrol show partition` tells what there is, and `scancel {number}` takes the job back"
         return Submitted(job, number, log, reason, why if reason in _IN_VAIN else None)
 
+    def cancel(self, ids: Sequence[str]) -> None:
+        """`scancel`; what it says is of no use where something else has failed before."""
+        _program(["scancel", *ids])
+
     def by_hand(self, job: Job, after: Sequence[str], each_after: str | None) -> list[str]:
         """`sbatch` with what the script does not say: what the job waits for."""
         return ["sbatch", *_dependencies(after, each_after), str(self.place(job))]

@@ -81,6 +81,9 @@ class Target(Protocol):
         or does not know what to wait for.
         """
 
+    def cancel(self, ids: Sequence[str]) -> None:
+        """Takes jobs back."""
+
     def by_hand(self, job: Job, after: Sequence[str], each_after: str | None) -> list[str]:
         """The command that does so."""
 

@@ -83,7 +83,7 @@ def record(run: Path) -> dict[str, Any]:
 
 
 def test_preprocess_takes_no_gpus_and_training_waits_for_it(submit: Cli, cli: Cli, tmp_path: Path) -> None:
-    out = tmp_path / "a run's place"  # Slurm and bash see such a path too
+    out = tmp_path / "a run's #1 $(place) & é;"  # Slurm and bash see such a path too
     wanted = ("--gpus", 2, "--nodes", 1, "--cpus", 1, "--time", "10:00", "--cpu-partition", "cpu")
     done = submit(*wanted, "--stage", "finetune", "-o", out, "--json")
     first, second = number(done, "preprocess"), number(done, "finetune")
@@ -218,6 +218,16 @@ def test_what_slurm_refuses_is_told_in_its_own_words(
     assert done.code == 2, done.out
     assert done.json["what"] == what
     assert got in done.json["got"]
+
+
+def test_when_the_second_job_is_refused_the_first_one_is_taken_back(submit: Cli, tmp_path: Path) -> None:
+    words = ("--cpu-first", "--cpu-partition", "cpu", "--partition", "gqu", "--sbatch", "begin=now+60")
+    assert submit("--time", "10:00", *words, "-o", tmp_path / "run", "--json").code == 2
+    waits = subprocess.run(
+        ["squeue", "--noheader", "--name=tiny-preprocess"], capture_output=True, text=True, check=True
+    )
+    assert not waits.stdout
+    assert not (tmp_path / "run" / "launch" / "jobs.json").exists()
 
 
 @pytest.mark.parametrize("words", [("--nodes", 3), ("--time", "9:00:00")], ids=["too many nodes", "too much time"])
