@@ -45,7 +45,7 @@ def curves(key: str, title: str, named: Mapping[str, Curve], unit: str, *, log: 
         if log:
             axes.set_yscale("log")
         elif unit in ("bytes", "tokens / s"):
-            axes.set_ylim(bottom=0)
+            axes.set_ylim(0, axes.get_ylim()[1] * 1.06)
         if len(named) > 1:
             axes.legend()
 

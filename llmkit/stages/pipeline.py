@@ -187,7 +187,7 @@ def _change(key: str, before: Any, now: Any) -> str:
     """`finetune.lr 1e-05 -> 2e-05` for a key of the recipe, the name alone for a digest."""
     if key.startswith("recipe."):
         return f"{key.removeprefix('recipe.')} {before} -> {now}"
-    return f"the {key}"
+    return key if key.startswith("the ") else f"the {key}"
 
 
 @contextmanager

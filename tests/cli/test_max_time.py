@@ -11,9 +11,11 @@ from typing import Any
 import pytest
 from conftest import Cli
 
+from llmkit.recipe.training import Training
 from llmkit.run.checkpoint import Checkpoints
 from llmkit.run.log import read_metrics
 from llmkit.stages import preprocess
+from llmkit.train import when
 from llmkit.train.loop import Fit
 
 STEP = 0.7  # seconds
@@ -83,6 +85,25 @@ def test_it_stops_in_time_and_goes_on_exactly(
     weights = [(run / "finetune" / "model" / "model.safetensors").read_bytes() for run in (whole, parts)]
     assert weights[0] == weights[1]
     assert steps_of(parts) == steps_of(whole) == list(range(1, 31))
+
+
+@pytest.mark.parametrize("step_seconds", [0.1, 3.0, 11.0])
+@pytest.mark.parametrize("save_seconds", [0.0, 4.0, 30.0])
+def test_the_step_after_which_to_stop_leaves_time_for_saving(
+    monkeypatch: pytest.MonkeyPatch, step_seconds: float, save_seconds: float
+) -> None:
+    """On a clock that is set by hand: the checkpoint stands before the limit, and not more than two steps before that."""
+    now = [time.monotonic()]
+    monkeypatch.setattr(when.time, "monotonic", lambda: now[0])
+    deadline = now[0] + 100.0
+    times = when.Times(Training(), 0, deadline, slowest_save=save_seconds)
+    stops, steps = False, 0
+    while not stops and steps < 2000:
+        stops = times.must_stop()  # of the step that comes, after which it is saved
+        now[0] += step_seconds
+        times.slowest_step, steps = max(times.slowest_step, step_seconds), steps + 1
+    assert stops
+    assert deadline - 2 * step_seconds - 0.2 <= now[0] + save_seconds <= deadline
 
 
 @pytest.mark.slow

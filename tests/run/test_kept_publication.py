@@ -12,7 +12,7 @@ import torch
 from faults import lives_until
 from safetensors.torch import load_file, save_file
 
-from llmkit.run.checkpoint import Checkpoint, Checkpoints, published, step_of
+from llmkit.run.checkpoint import Checkpoint, Checkpoints, checked_manifest, published, step_of
 
 
 @pytest.fixture(autouse=True)
@@ -84,6 +84,8 @@ def _publish(folder: Path, keeping: tuple[int, int | None], case: dict[str, Any]
 
 def _look(folder: Path, keeping: tuple[int, int | None], case: dict[str, Any], best: Path | None, lived: bool) -> None:
     """What the next process finds, and what it leaves."""
+    for path in published(folder):
+        checked_manifest(path)  # also one that was about to go
     warnings: list[str] = []
     found = Checkpoints(folder, "f", *keeping).newest(warnings.append)
     assert warnings == [], "none is damaged"

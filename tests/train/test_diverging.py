@@ -15,6 +15,7 @@ from killing import KilledError, build, build_fit, corpora, kill  # noqa: F401  
 
 from llmkit.data.corpus import Corpus, CorpusWriter
 from llmkit.errors import DivergedError
+from llmkit.recipe.training import Training
 from llmkit.run.log import MetricsLog
 from llmkit.train import divergence
 from llmkit.train.divergence import robust_z
@@ -177,10 +178,16 @@ def test_rolled_back_it_goes_on_past_the_data(build: Callable[..., Fit]) -> None
 
 
 def test_rolled_back_before_the_first_checkpoint_it_goes_to_the_start(build: Callable[..., Fit]) -> None:
-    fit = planted(build("fit", "plain", steps=6, save_every="10min", **rules(nan="rollback")), {2: NAN})
+    fit = planted(build("fit", "plain", steps=6, save_every=5, **rules(nan="rollback")), {2: NAN})
     fit.run([recorder := Recorder()])
     assert recorder.of("step") == [1, 2, 1, 2, 3, 4, 5, 6]
     assert fit.state.passed_over == 3
+
+
+@pytest.mark.parametrize("when", [{}, {"save_every": "5min"}, {"lose_at_most": "5min"}])
+def test_going_back_to_what_was_saved_by_the_clock_could_not_be_repeated(when: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"rollback.*needs.*save_every"):
+        Training(divergence={"nan": "rollback"}, **when)
 
 
 @pytest.mark.parametrize("action", ["skip", "rollback"])

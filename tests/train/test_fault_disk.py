@@ -79,7 +79,7 @@ def test_after_three_failures_in_a_row_it_ends_and_the_same_command_goes_on(
         with pytest.raises(ResourceError, match=r"the one of step [45] stands") as caught:
             fit.run([logged(fit), Recorder(fail_between(disk, 6, 99))])
     assert caught.value.exit_code == 5
-    assert len(warnings) == 3
+    assert len(warnings) in (3, 3 + behind), "behind, one more may have been begun when the third is seen to fail"
     assert len(names(fit)) == 2
     assert names(fit)[-1] in ("step-00000005", "step-00000004" if behind else "")
     assert fit.state.step <= 10, "it does not go on for long without being able to save"

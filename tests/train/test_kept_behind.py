@@ -158,7 +158,7 @@ class Clock:
         patch.setattr(when.time, "monotonic", lambda: self.now)
 
 
-@pytest.mark.parametrize("save_seconds", [0.0, 2.0, 7.0])
+@pytest.mark.parametrize("save_seconds", [0.0, 2.0, 7.0, 20.0])
 @pytest.mark.parametrize("minutes", [1, 3])
 def test_a_crash_loses_at_most_what_was_asked_for(
     monkeypatch: pytest.MonkeyPatch, save_seconds: float, minutes: int
