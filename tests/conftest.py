@@ -14,6 +14,23 @@ import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models; two workers' threads would only wait for each other
 
+
+def pytest_assertrepr_compare(op: str, left: object, right: object) -> list[str] | None:
+    """Files of bytes that differ need not be printed."""
+    if op != "==" or not isinstance(left, bytes) or not isinstance(right, bytes):
+        return None
+    at = next((n for n, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), min(len(left), len(right)))
+    return [f"{len(left):,} bytes == {len(right):,} bytes: they differ from byte {at:,} on"]
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """What failed, by name and at the very end, whatever else was printed."""
+    for kind in ("failed", "error"):
+        for report in terminalreporter.stats.get(kind, []):
+            terminalreporter.write_line(f"{kind}: {report.nodeid}")
+
+
 WORDS = ("apple", "river", "stone", "green", "quiet", "seven", "light", "paper", "north", "cloud", "table", "music")
 
 CHATML = (

@@ -424,8 +424,11 @@ class Soak:
             newest = self._look_at_checkpoints(run, newest, count, life)
         count.runs, count.kills = count.runs + 1, count.kills + killed
         count.steps, count.steps_again = count.steps + whole.steps, count.steps_again + steps - whole.steps
-        count.left_over += sum(1 for path in run.rglob(".*") if _LEFT_OVER.search(str(path)))
+        left_over = [str(path.relative_to(run)) for path in run.rglob(".*") if _LEFT_OVER.search(str(path))]
+        count.left_over += len(left_over)
         problems = [f"exit code {life.code}: {life.said[-3000:]}"] if life.code else self._differences(run, expected)
+        if left_over:
+            print(f"left over in {run.name}: {', '.join(left_over)}", file=sys.stderr)
         if problems:
             count.differences += 1
             count.problems += [f"{variation.name}, {run.name}: {text}" for text in problems]

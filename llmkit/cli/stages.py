@@ -55,16 +55,15 @@ class StageCommand:
             path = run_directory(self.flags, recipe)
         with errors_shown(as_json=self.as_json and lead, run_dir=path):
             quieten_libraries(verbose=self.verbose)
+            from llmkit.stages.pipeline import run_stages, stages_for
             from llmkit.stages.preflight import check_recipe
 
-            check_recipe(recipe)
+            check_recipe(recipe, stages_for(recipe, self._target))
             if dry_run:
                 self._dry_run(recipe, path)
                 return
             run = open_run(path, recipe, reporter, lead=lead)
             try:
-                from llmkit.stages.pipeline import run_stages, stages_for
-
                 if recipe.max_time is not None:
                     run.deadline = started + seconds_of(recipe.max_time)
                 launch = self._launcher(recipe, run)

@@ -91,7 +91,7 @@ def _recipes(flags: Flags, asked: Asked, reporter: Reporter) -> tuple[Recipe, Pa
     from llmkit.stages.preflight import check_recipe
 
     for _, one in found:
-        check_recipe(one)
+        check_recipe(one, one.plan)
     refuse_no_place(asked, path, found)
     return recipe, path, found
 

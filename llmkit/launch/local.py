@@ -129,12 +129,14 @@ class Launcher:
 
     def _refuse_to_hang(self, ranks: list[_Rank]) -> None:
         """Raises ResourceError when no process has finished a step for too long."""
-        beats = {path: path.stat().st_mtime for path in self.beats.glob(_BEATS)}
-        if len(beats) < self.processes or time.time() - max(beats.values()) < seconds_of(self.hang_after):
+        try:
+            files = [self.beats / f".beat-{rank.number}" for rank in ranks]
+            if time.time() - max(file.stat().st_mtime for file in files) < seconds_of(self.hang_after):
+                return
+            states = [psutil.Process(rank.process.pid).status() for rank in ranks]
+            found = ", ".join(f"{n}: step {file.read_text()}, {states[n]}" for n, file in enumerate(files))
+        except (FileNotFoundError, psutil.NoSuchProcess):  # one has not begun to train, or is at its end
             return
-        stand = (self.beats / f".beat-{rank.number}" for rank in ranks)
-        states = [psutil.Process(rank.process.pid).status() for rank in ranks]
-        found = ", ".join(f"{n}: step {path.read_text()}, {states[n]}" for n, path in enumerate(stand))
         _kill(ranks)
         raise ResourceError(
             "training hangs: no process has finished a step in time",

@@ -308,6 +308,7 @@ def link_file(source: Path, target: Path) -> None:
     except OSError:
         shutil.copyfile(source, aside)
     aside.replace(target)
+    aside.unlink(missing_ok=True)  # rename does nothing where both are names of the same file already
 
 
 def optimizer_to_parts(optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

@@ -6,7 +6,7 @@ does not wait for the training to end.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Any
@@ -28,10 +28,10 @@ from llmkit.stages.evaluate import wanted_metrics
 from llmkit.stages.training import rates_of
 
 
-def check_recipe(recipe: Recipe) -> None:
+def check_recipe(recipe: Recipe, stages: Sequence[str]) -> None:
     """Raises RecipeError with every wrong filter, optimizer, schedule, metric and freeze rule of the stages to be run."""
     problems: list[Problem] = []
-    for check in _checks(recipe):
+    for check in _checks(recipe, stages):
         try:
             check()
         except RecipeError as error:
@@ -43,22 +43,22 @@ def check_recipe(recipe: Recipe) -> None:
         )
 
 
-def _checks(recipe: Recipe) -> Iterator[Callable[[], Any]]:
+def _checks(recipe: Recipe, stages: Sequence[str]) -> Iterator[Callable[[], Any]]:
     yield lambda: build_filters(recipe.data.filters)
     yield lambda: build_augmentations(recipe.data.augment)
-    if "pretrain" in recipe.plan and recipe.pretrain is not None:
+    if "pretrain" in stages and recipe.pretrain is not None:
         yield from _training_checks("pretrain", recipe.pretrain)
-    if "finetune" in recipe.plan:
+    if "finetune" in stages:
         yield from _training_checks("finetune", recipe.finetune)
-    if "finetune" in recipe.plan and recipe.finetune.adapter is not None and recipe.model is not None:
+    if "finetune" in stages and recipe.finetune.adapter is not None and recipe.model is not None:
         yield lambda: _within("finetune", lambda: _check_adapter(recipe))
     for stage in ("pretrain", "finetune"):
         section = getattr(recipe, stage)
-        if stage in recipe.plan and section is not None and section.rates and recipe.model is not None:
+        if stage in stages and section is not None and section.rates and recipe.model is not None:
             yield partial(_within, stage, partial(_check_rates, recipe, stage, section))
-    if "freeze" in recipe.plan and "pretrain" in recipe.plan and recipe.model is not None:
+    if "freeze" in stages and "pretrain" in stages and recipe.model is not None:
         yield lambda: _check_freeze(recipe)  # without pretraining the freeze stage itself is early enough
-    if "evaluate" in recipe.plan:
+    if "evaluate" in stages:
         yield lambda: wanted_metrics(recipe)
         yield lambda: check_benchmarks(recipe)
 

@@ -236,7 +236,10 @@ def test_a_disk_that_fills_up_in_mid_save(tiny_llama: Path, chat_rows: Path, tmp
         f"bs=100 count=100 2>/dev/null; sleep 0.02; done; wait; "
         f'rm {disk}/filler {disk}/filler.2; cp -r {disk}/run "{saved}"'
     )
-    long = ("finetune.steps=100000", "finetune.schedule=constant", "finetune.eval_every=null", "finetune.save_every=20")
+    long = (
+        *("finetune.steps=100000", "finetune.schedule=constant", "finetune.warmup=0", "finetune.eval_every=null"),
+        "finetune.save_every=20",
+    )
     done = on_small_disk(disk, 12, fill, *words(tiny_llama, chat_rows, disk / "run", *long))
     assert done.returncode == 0, done.stderr
     err = Path(f"{log}.err").read_text()

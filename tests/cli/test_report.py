@@ -65,7 +65,7 @@ def test_diverged_trainings_leave_a_page(cli: Cli, tiny_llama: Path, chat_rows: 
 def test_a_page_that_cannot_be_written_takes_nothing_from_the_command(tuned: Path, cli: Cli) -> None:
     (tuned / "report.html").unlink()
     (tuned / "report.html").mkdir()
-    done = cli("finetune", tuned)
+    done = cli("finetune", tuned, "--no-resume")
     assert done.code == 0
     assert "no new report.html: the page cannot be written" in done.err
 
@@ -77,7 +77,7 @@ def test_a_bug_in_the_page_takes_nothing_from_the_command(
         raise RuntimeError("a bug")
 
     monkeypatch.setattr("llmkit.report.page.write_report", broken)
-    done = cli("finetune", tuned)
+    done = cli("finetune", tuned, "--no-resume")
     assert done.code == 0
     assert "no new report.html, for a bug: RuntimeError: a bug" in done.err
 

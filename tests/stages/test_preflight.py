@@ -27,7 +27,7 @@ def test_wrong_options_of_all_stages_are_told_at_once() -> None:
         finetune={"schedule": {"name": "step", "every": "often"}, "optimizer": {"name": "sgd", "nesterov": 3}},
     )
     with pytest.raises(RecipeError, match="4 mistakes") as caught:
-        check_recipe(wrong)
+        check_recipe(wrong, wrong.plan)
     assert {problem.where for problem in caught.value.problems} == {
         "pretrain.schedule.shap",
         "pretrain.optimizer.momentum",
@@ -40,12 +40,12 @@ def test_wrong_options_of_all_stages_are_told_at_once() -> None:
 def test_every_optimizer_passes_with_its_defaults(name: str) -> None:
     if name in PACKAGES:
         pytest.importorskip(PACKAGES[name])
-    check_recipe(recipe(finetune={"optimizer": name}))
+    check_recipe(recipe(finetune={"optimizer": name}), ("finetune",))
 
 
 @pytest.mark.parametrize("name", catalog.names("schedule"))
 def test_every_schedule_passes_with_its_defaults(name: str) -> None:
-    check_recipe(recipe(finetune={"schedule": name, "eval_every": 5}))
+    check_recipe(recipe(finetune={"schedule": name, "eval_every": 5}), ("finetune",))
 
 
 def test_a_missing_package_is_told_before_anything_runs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -56,7 +56,7 @@ def test_a_missing_package_is_told_before_anything_runs(monkeypatch: pytest.Monk
 
     monkeypatch.setattr(importlib.metadata, "version", version)
     with pytest.raises(RecipeError) as caught:
-        check_recipe(recipe(finetune={"optimizer": "adamw8bit"}))
+        check_recipe(recipe(finetune={"optimizer": "adamw8bit"}), ("finetune",))
     (problem,) = caught.value.problems
     assert problem.where == "finetune.optimizer"
     assert "pip install 'bitsandbytes>=0.50'" in (problem.hint or "")
