@@ -121,7 +121,7 @@ class Layout:
     @property
     def runs(self) -> bool:
         """True for what llmkit itself does today; the rest is for comparison, and for other trainers."""
-        return self.name in ("ddp", "one GPU")
+        return self.name in ("ddp", "fsdp", "one GPU")
 
     @property
     def ranks(self) -> int:

@@ -27,6 +27,8 @@ def fast_forward(model: Any, *, packed: bool, outline: bool = False) -> Iterator
         *([fast_dropout] if on_cpu else []),
         *([fast_embedding] if model.device.type == "cpu" else []),
     ]
+    if any(hasattr(parameter, "device_mesh") for parameter in model.parameters()):
+        choices = []  # parameters that are spread over processes belong to their modules
 
     def choose(module: nn.Module) -> nn.Module | None:
         return next((stand_in for choice in choices if (stand_in := choice(module)) is not None), None)

@@ -259,6 +259,12 @@ class Recipe(Section):
     evaluate: Evaluate = Evaluate()
     export: Export = Export()
     launch: Launch = Launch()
+    parallel: Literal["auto", "ddp", "fsdp"] = Field(
+        "auto",
+        description="how several processes train: ddp, each with the whole model; fsdp, with a share of its weights, "
+        "gradients and optimizer state; auto: ddp where that fits",
+        json_schema_extra=NO_RESULT,
+    )
     max_time: Duration | None = Field(
         None, description="a command saves and ends within this time, such as 4h; the next one goes on from there"
     )

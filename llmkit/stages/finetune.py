@@ -14,6 +14,7 @@ from llmkit.model.adapters import add_adapters, in_four_bits, misread_by_peft
 from llmkit.model.freezing import FreezePlan, apply_freeze
 from llmkit.model.loading import dropout_changes, load_config, load_model
 from llmkit.model.parts import some_of
+from llmkit.model.precision import compute_in
 from llmkit.model.quantized import what_is_quantized
 from llmkit.recipe.schema import Recipe, result_keys
 from llmkit.run.directory import Artifact, Run
@@ -31,6 +32,7 @@ from llmkit.stages.evaluate import scoring_for
 from llmkit.stages.job import TrainingJob
 from llmkit.stages.training import train_and_save
 from llmkit.train.allocator import give_back_freed_memory
+from llmkit.train.loop import Fit
 from llmkit.train.state import seed_everything
 
 # Peak rates for a parent that does not record its own. Text and chat: the rate at which Ouyang et al. (InstructGPT,
@@ -87,7 +89,8 @@ class Finetune:
         held_out = job.held_out
         if fit.accelerator.is_main_process and held_out is not None and len(held_out):
             scoring = scoring_for(recipe, len(held_out), fit.precision)
-            scores = job.task.evaluate(fit.model.eval(), held_out, replace(scoring, generate=0, samples=0))
+            model = _read_again(job, artifact.folder, fit) if fit.masters.sharded else fit.model
+            scores = job.task.evaluate(model.eval(), held_out, replace(scoring, generate=0, samples=0))
             metrics |= scores.metrics
         return replace(artifact, metrics=metrics)
 
@@ -110,6 +113,13 @@ class Finetune:
 
 
 STAGE = Finetune()
+
+
+def _read_again(job: TrainingJob, folder: Path, fit: Fit) -> Any:
+    """The model that was left, as it computes; its processes hold but rows of it."""
+    model = load_model(folder, job.task.auto_class).model.to(fit.accelerator.device)
+    compute_in(model, fit.precision)
+    return model
 
 
 def with_adapters(job: TrainingJob) -> TrainingJob:

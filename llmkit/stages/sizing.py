@@ -51,6 +51,7 @@ class Outline:
     device: torch.device
     exact_in_bf16: bool = False  # the weights come from bf16, so that no fp32 originals of frozen ones are kept
     processes: int = 1
+    shards: int = 1  # processes over which the parameters are spread
     adapter: AdapterRules | None = None
 
     def model(self) -> Any:
@@ -136,7 +137,13 @@ def _memory(outline: Outline, model: Any, objective: Objective, part: list[int])
         return build_optimizer(name, masters.adopt(groups), lr=1e-5, options=options)
 
     copies = outline.device.type == "cpu" and not outline.exact_in_bf16
-    return predict_memory(model, objective, batch, outline.precision, outline.device, copies, optimizer)
+    memory = predict_memory(model, objective, batch, outline.precision, outline.device, copies, optimizer)
+    if outline.shards == 1:
+        return memory
+    blocks = [sum(p.numel() for p in block.parameters()) for block in blocks_of(model)]
+    numbers = sum(p.numel() for p in model.parameters())
+    together = numbers - sum(blocks) + 2 * max(blocks)  # the block that computes, the next one, and what is in no block
+    return memory.spread(outline.shards, numbers, together * (2 if outline.precision == "bf16" else 4))
 
 
 def _fullest_and_its_memory(

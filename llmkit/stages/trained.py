@@ -14,20 +14,19 @@ from llmkit.train.memory import peak_memory_bytes
 from llmkit.train.state import TrainState
 
 
-def save_model(job: TrainingJob, fit: Fit) -> None:
+def save_model(job: TrainingJob, model: Any) -> None:
     """Writes the model aside and renames it into place; then forgets what only served to resume."""
     folder = job.run.folder(job.stage)
     aside, target = folder / ".model.tmp", folder / "model"
     shutil.rmtree(aside, ignore_errors=True)
-    fit.model.config.use_cache = True
-    with fit.masters.in_full() as model:
-        if job.adapter is None:
-            model.save_pretrained(aside)
-        else:
-            with merged(model) as weights:
-                model.save_pretrained(aside, state_dict=weights)
-            pretrained = "pretrain" in job.recipe.plan or job.recipe.model is None
-            save_adapter(model, folder / "adapter", model.config._name_or_path if pretrained else str(job.recipe.model))
+    model.config.use_cache = True
+    if job.adapter is None:
+        model.save_pretrained(aside)
+    else:
+        with merged(model) as weights:
+            model.save_pretrained(aside, state_dict=weights)
+        pretrained = "pretrain" in job.recipe.plan or job.recipe.model is None
+        save_adapter(model, folder / "adapter", model.config._name_or_path if pretrained else str(job.recipe.model))
     job.task.tokenizer.save_pretrained(aside)
     write_json(
         aside / "llmkit.json",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -21,6 +22,7 @@ from llmkit.run.directory import Artifact
 from llmkit.run.log import MetricsLog
 from llmkit.stages.base import parts_of, relative_files, within
 from llmkit.stages.job import TrainingJob
+from llmkit.stages.parallel import choose_parallel, share_of_memory
 from llmkit.stages.prefix import known_prefix
 from llmkit.stages.prefix_cache import PrefixCache
 from llmkit.stages.sizing import Outline, Sizing, available_bytes, shape_computation, size_up
@@ -36,6 +38,7 @@ from llmkit.train.hooks.progress import ProgressHook
 from llmkit.train.hooks.trackers import TrackersHook
 from llmkit.train.loop import Fit
 from llmkit.train.masters import Masters
+from llmkit.train.sharding import ShardedMasters
 from llmkit.train.state import TrainState, seed_everything
 from llmkit.train.thaw import Thaw, groups_by_thaw, thaws_at
 
@@ -51,8 +54,10 @@ def train_and_save(job: TrainingJob) -> tuple[Artifact, Fit]:
     state = fit.run(_hooks(job, fit, accelerator))
     fit.release()
     give_back_freed_memory()
-    if accelerator.is_main_process:
-        save_model(job, fit)
+    if accelerator.is_main_process or fit.masters.sharded:
+        with fit.masters.in_full() as model:
+            if accelerator.is_main_process:
+                save_model(job, model)
     accelerator.wait_for_everyone()
     model_folder = folder / "model"
     artifact = Artifact(
@@ -64,10 +69,9 @@ def train_and_save(job: TrainingJob) -> tuple[Artifact, Fit]:
         {
             "precision": fit.precision,
             "learning_rate": job.lr,
-            "parameter_groups": group_rows(
-                [group | {"lr": lr} for group, lr in zip(fit.optimizer.param_groups, fit.base_rates, strict=True)]
-            ),
+            "parameter_groups": list(fit.group_rows),
             "processes": accelerator.num_processes,
+            "parallel": None if accelerator.num_processes == 1 else "fsdp" if fit.masters.sharded else "ddp",
             "device": torch.cuda.get_device_name() if accelerator.device.type == "cuda" else accelerator.device.type,
         },
         fit.keeper.disposable(state),
@@ -81,7 +85,7 @@ def make_fit(job: TrainingJob, accelerator: Any) -> Fit:
     precision, why = choose_precision(training.precision, device)
     if why:
         run.guess(f"{job.stage}.precision", precision, why)
-    sizing = _sizing(job, precision, accelerator)
+    sizing, sharded = _sizing(job, precision, accelerator)
     if device.type == "cpu":
         keep_freed_memory(sizing.memory.total)
     else:
@@ -94,14 +98,15 @@ def make_fit(job: TrainingJob, accelerator: Any) -> Fit:
         groups = parameter_groups(model, rates_of(training, job.lr), weight_decay=training.weight_decay)
     groups = groups_by_thaw(groups, thaws)
     columns = ("group", "tensors", "parameters", "peak rate", "weight decay")
-    run.reporter.table("parameter groups", columns, group_rows(groups))
+    rows = group_rows(groups)
+    run.reporter.table("parameter groups", columns, rows)
     objective = job.task.objective(model, regularisation_of(training))
     if objective.why_padded:
         run.guess(f"{job.stage}: padded batches", True, f"examples cannot be packed: {objective.why_padded}")
-    masters = Masters(model, precision)
+    masters = ShardedMasters(model, precision) if sharded else Masters(model, precision)
     if job.l2_sp:
         masters.anchor((name for name in masters.weights if name not in job.new_parameters), job.l2_sp)
-    objective, train, held_out = _data(job, objective, precision, sizing, thaws, accelerator)
+    objective, train, held_out = _data(job, objective, precision, sizing, thaws, accelerator, sharded)
     shape_computation(model, training)
     options = training.optimizer.options
     return Fit(
@@ -125,6 +130,7 @@ def make_fit(job: TrainingJob, accelerator: Any) -> Fit:
         describe=partial(_described, job.task.tokenizer),
         deadline=run.deadline,
         save_last=True,
+        group_rows=tuple(rows),
         save_behind=_has_room_for_copy(masters, training, sizing, device),
         accepted=run.stage(job.stage).get("accepts", ()),
         state=TrainState(micro_batch_tokens=sizing.micro_batch_tokens),
@@ -132,13 +138,19 @@ def make_fit(job: TrainingJob, accelerator: Any) -> Fit:
 
 
 def _data(
-    job: TrainingJob, objective: Objective, precision: str, sizing: Sizing, thaws: Sequence[Thaw], accelerator: Any
+    job: TrainingJob,
+    objective: Objective,
+    precision: str,
+    sizing: Sizing,
+    thaws: Sequence[Thaw],
+    accelerator: Any,
+    sharded: bool,
 ) -> tuple[Objective, Any, Any]:
     """The objective and the data: a stream, or corpora with what leaves the frozen blocks where that is kept."""
     if job.recipe.data.stream and job.train.folder.name == "train":
         streamed = streamed_examples(job, accelerator.process_index, padded=objective.padded)
         return objective, streamed, job.held_out
-    if job.freezes is None:
+    if job.freezes is None or sharded:
         return objective, job.train, job.held_out
     cache = PrefixCache(job.freezes, job.run, objective, job.model, job.task.size_column, precision, accelerator)
     return known_prefix(cache, job.training, sizing.order, sizing.steps, thaws, (job.train, job.held_out))
@@ -154,7 +166,7 @@ def _described(tokenizer: Any, example: Example) -> dict[str, Any]:
 def _has_room_for_copy(masters: Masters, training: Training, sizing: Sizing, device: torch.device) -> bool:
     """True when the machine holds a copy of what a checkpoint saves beside all that training takes."""
     states = 3 if training.ema is None else 4  # the weights, two moments of each, and the average
-    copy = states * sum(tensor.nbytes for tensor in masters.saved().values())
+    copy = states * sum(tensor.nbytes for tensor in masters.outlines().values())
     taken = sizing.memory.total if device.type == "cpu" else 0
     return taken + copy < available_bytes(torch.device("cpu"))
 
@@ -170,8 +182,11 @@ def regularisation_of(training: Training) -> Regularisation:
     return Regularisation(training.label_smoothing, training.neftune_alpha)
 
 
-def _sizing(job: TrainingJob, precision: str, accelerator: Any) -> Sizing:
-    """How many tokens to compute at once, and what they take; warns when that is more than there is memory for."""
+def _sizing(job: TrainingJob, precision: str, accelerator: Any) -> tuple[Sizing, bool]:
+    """How many tokens to compute at once, and what they take, and whether parameters are spread over the processes.
+
+    Warns when that is more than there is memory for.
+    """
     outline = Outline(
         config=job.model.config,
         auto_class=job.task.auto_class,
@@ -188,8 +203,10 @@ def _sizing(job: TrainingJob, precision: str, accelerator: Any) -> Sizing:
         processes=accelerator.num_processes,
         adapter=job.adapter,
     )
-    available = available_bytes(accelerator.device)
-    sizing = size_up(outline, available)
+    available = share_of_memory(accelerator.device)
+    sizing, sharded = choose_parallel(
+        job, accelerator, precision, available, lambda shards: size_up(replace(outline, shards=shards), available)
+    )
     job.run.reporter.note(
         f"{job.stage}: {sizing.largest:,} tokens at once at most; {sizing.memory.total / 2**30:.1f} GiB foreseen beside "
         f"the program itself, of {available / 2**30:.1f} GiB"
@@ -199,7 +216,7 @@ def _sizing(job: TrainingJob, precision: str, accelerator: Any) -> Sizing:
             f"{job.stage} may run out of memory: lower data.max_length, set {job.stage}.activation_checkpointing: true, "
             "or freeze more (`llmkit plan` shows what takes how much)"
         )
-    return sizing
+    return sizing, sharded
 
 
 def accelerator_for(training: Training, stage: str) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -17,6 +17,7 @@ from llmkit.files import write_json
 from llmkit.model.objective import Objective, to_device
 from llmkit.model.precision import autocast
 from llmkit.recipe.training import Divergence
+from llmkit.train.masters import Masters
 from llmkit.train.state import TrainState
 
 _FEWEST = 16  # losses before one can be out of their row
@@ -112,22 +113,28 @@ def write_out(
     file: Path,
     about: dict[str, Any],
     examples: Sequence[tuple[int, Example]],
-    model: Any,
-    objective: Objective,
-    precision: str,
+    losses: Sequence[float],
     describe: Callable[[Example], dict[str, Any]],
 ) -> None:
-    """Writes the examples of a step that diverged, each with its own loss, for study."""
-
-    def lines() -> Iterator[dict[str, Any]]:
-        for number, example in examples[:_MOST_WRITTEN]:
-            batch = to_device(objective.collate([example]), model.device)
-            with autocast(model.device, precision):
-                loss = objective.loss(model, batch).item() / max(objective.count(batch), 1)
-            yield {"example": number, "loss": loss if math.isfinite(loss) else str(loss)} | describe(example)
-
-    model.eval()
-    with objective.computing():
-        found = sorted(lines(), key=lambda line: (isinstance(line["loss"], float), -float(line["loss"])))
+    """Writes the examples of a step that diverged, the first of them with their own losses, for study."""
+    lines = (
+        {"example": number, "loss": loss if math.isfinite(loss) else str(loss)} | describe(example)
+        for (number, example), loss in zip(examples, losses, strict=False)
+    )
+    found = sorted(lines, key=lambda line: (isinstance(line["loss"], float), -float(line["loss"])))
     file.parent.mkdir(exist_ok=True)
-    write_json(file, about | {"examples": found, "left_out": max(0, len(examples) - _MOST_WRITTEN)})
+    write_json(file, about | {"examples": found, "left_out": len(examples) - len(losses)})
+
+
+@torch.no_grad()
+def losses_of(
+    examples: Sequence[tuple[int, Example]], masters: Masters, objective: Objective, precision: str
+) -> list[float]:
+    """The mean loss of each of the first examples of a step, in nats."""
+    masters.model.eval()
+    device, found = masters.model.device, []
+    with masters.computing(objective), autocast(device, precision):
+        for _, example in examples[:_MOST_WRITTEN]:
+            batch = to_device(objective.collate([example]), device)
+            found.append(masters.call(objective.loss, batch).item() / max(objective.count(batch), 1))
+    return found

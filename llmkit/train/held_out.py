@@ -11,12 +11,13 @@ from llmkit.data.corpus import Corpus
 from llmkit.data.states import CorpusWithStates
 from llmkit.model.objective import Objective, to_device
 from llmkit.model.precision import autocast
+from llmkit.train.masters import Masters
 from llmkit.train.micro_batches import cut_corpus
 
 
 def held_out_loss(
     accelerator: Any,
-    model: Any,
+    masters: Masters,
     objective: Objective,
     corpus: Corpus | CorpusWithStates,
     size_column: str,
@@ -29,7 +30,7 @@ def held_out_loss(
 
     Leaves the model in evaluation mode.
     """
-    model.eval()
+    masters.model.eval()
     device = accelerator.device
     sums = torch.zeros(2, dtype=torch.float64, device=device)
     lengths, padded = corpus.lengths(size_column), objective.padded
@@ -38,10 +39,13 @@ def held_out_loss(
         for numbers in by_length(lengths, batch_size)
         for part in cut_corpus(corpus, numbers.tolist(), lengths, padded=padded, tokens=tokens)
     ]
-    with torch.inference_mode(), objective.computing(), autocast(device, precision):
-        for numbers in parts[accelerator.process_index :: accelerator.num_processes]:
+    mine = parts[accelerator.process_index :: accelerator.num_processes]
+    more = -(-len(parts) // accelerator.num_processes) - len(mine) if masters.sharded else 0  # as many as the others
+    gradless = torch.no_grad() if masters.sharded else torch.inference_mode()
+    with gradless, masters.computing(objective), autocast(device, precision):
+        for numbers, weight in [*((numbers, 1) for numbers in mine), *[(parts[0], 0)] * more]:
             batch = objective.collate([corpus[int(number)] for number in numbers])
-            loss = objective.loss(model, to_device(batch, device)).item()
-            sums += torch.tensor([loss, objective.count(batch)], dtype=torch.float64, device=device)
+            loss = masters.call(objective.loss, to_device(batch, device)).item()
+            sums += weight * torch.tensor([loss, objective.count(batch)], dtype=torch.float64, device=device)
     total, count = accelerator.reduce(sums, "sum").tolist()
     return float(total / count)

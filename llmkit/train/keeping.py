@@ -63,7 +63,7 @@ class Keeper:
 
         Raises ResourceError.
         """
-        weights = sum(tensor.nbytes for tensor in self.masters.saved().values())
+        weights = sum(tensor.nbytes for tensor in self.masters.outlines().values())
         states = 3 if self.average is None else 4  # the weights, two moments of each, and the average
         if self.accelerator.is_main_process:
             self.checkpoints.rehearse(states * weights)
@@ -81,6 +81,8 @@ class Keeper:
         random = gather_object([random_state()])
         self.saved_step = state.step
         if not self.accelerator.is_main_process:
+            if self.masters.sharded:  # all have a part of it
+                self._checkpoint(state, random)
             return time.monotonic() - started
         self.collect(wait=True)
         checkpoint = self._checkpoint(state, random)
@@ -90,7 +92,7 @@ class Keeper:
                 self.checkpoints.write(state.step, checkpoint)
                 self.failures = 0
             else:
-                self.checkpoints.write_behind(state.step, checkpoint.copied())
+                self.checkpoints.write_behind(state.step, checkpoint if self.masters.sharded else checkpoint.copied())
         except _WRITING as error:
             self._note_failure(error)
             if at_once:
@@ -145,7 +147,12 @@ class Keeper:
             self.average.load(averaged)
         if found.best_weights is not None and self.accelerator.is_main_process:
             link_file(found.best_weights, self.best_file)
-        optimizer_from_parts(self.optimizer, found.optimizer_tensors, found.optimizer_values)
+        names = self._names()
+        moments = {
+            key: self.masters.rows(names[int(key.partition(".")[0])], tensor)
+            for key, tensor in found.optimizer_tensors.items()
+        }
+        optimizer_from_parts(self.optimizer, moments, found.optimizer_values)
         processes = found.state["random"]
         restore_random_state(processes[self.accelerator.process_index % len(processes)])
         if self.scaler is not None and found.state["scaler"]:
@@ -156,9 +163,10 @@ class Keeper:
 
     def keep_best(self) -> None:
         """Writes the weights as they are as the best so far."""
+        weights = self.masters.saved() if self.accelerator.is_main_process or self.masters.sharded else {}
         if self.accelerator.is_main_process:
             aside = self.best_file.with_suffix(".tmp")
-            save_file(self.masters.saved(), aside)
+            save_file(weights, aside)
             aside.replace(self.best_file)
 
     def settle(self, state: TrainState, keep: str) -> None:
@@ -172,7 +180,7 @@ class Keeper:
                 self.checkpoints.prune()  # what a process that was killed had not come to
         if keep == "last" or state.best_step in (None, state.step):
             if self.average is not None:
-                self.masters.load(self.average.tensors)
+                self.average.settle()
             return
         if self.saved_step != state.step:
             self.save(state, at_once=True)
@@ -190,15 +198,28 @@ class Keeper:
 
     def _checkpoint(self, state: TrainState, random: list[Any]) -> Checkpoint:
         tensors, values = optimizer_to_parts(self.optimizer)
-        averaged = self.average.tensors if self.average else {}
-        weights = self.masters.saved() | {_AVERAGE + name: t.cpu().contiguous() for name, t in averaged.items()}
-        scaler = self.scaler.state_dict() if self.scaler else None
-        about = {"state": state.to_json(), "random": random, "scaler": scaler}
-        return Checkpoint(weights, tensors, values, about, self.best_file if state.best_step else None)
+        names = self._names()
+        moments = self.masters.whole({key: (names[int(key.partition(".")[0])], t) for key, t in tensors.items()})
+        averaged = self.average.saved() if self.average else {}
+        weights = self.masters.saved() | {_AVERAGE + name: tensor for name, tensor in averaged.items()}
+        return Checkpoint(
+            weights, moments, values, self._about(state, random), self.best_file if state.best_step else None
+        )
 
     def _present(self) -> Checkpoint:
-        """What a checkpoint of this training would hold now."""
-        return self._checkpoint(TrainState(), [random_state()])
+        """What a checkpoint of this training would hold now, its weights as meta tensors."""
+        weights = self.masters.outlines()
+        averaged = {_AVERAGE + name: weights[name] for name in self.masters.weights} if self.average else {}
+        tensors, values = optimizer_to_parts(self.optimizer)
+        return Checkpoint(weights | averaged, tensors, values, self._about(TrainState(), [random_state()]))
+
+    def _about(self, state: TrainState, random: list[Any]) -> dict[str, Any]:
+        scaler = self.scaler.state_dict() if self.scaler else None
+        return {"state": state.to_json(), "random": random, "scaler": scaler}
+
+    def _names(self) -> list[str]:
+        """The parameters' names in the order of the optimizer's numbers."""
+        return [name for group in self.optimizer.param_groups for name in group["names"]]
 
     def _check(self, found: Checkpoint) -> None:
         same_inputs = found.fingerprint == self.checkpoints.fingerprint

@@ -26,7 +26,7 @@ from llmkit.optim.schedules import Progress
 from llmkit.recipe.training import Training
 from llmkit.recipe.values import count_of
 from llmkit.run.checkpoint import Checkpoints
-from llmkit.train.divergence import CONSEQUENCE, Trouble, Watch, diverged, write_out
+from llmkit.train.divergence import CONSEQUENCE, Trouble, Watch, diverged, losses_of, write_out
 from llmkit.train.held_out import held_out_loss
 from llmkit.train.hooks import Hook, tell
 from llmkit.train.keeping import Keeper
@@ -67,6 +67,7 @@ class Fit:
     describe: Callable[[Example], dict[str, Any]] = lambda example: {}  # for people, as JSON values
     deadline: float | None = None  # of `time.monotonic`: when training has to be over
     save_behind: bool = False  # there is memory for a copy of what is saved
+    group_rows: Sequence[tuple[Any, ...]] = ()  # of the groups of parameters, for people
     save_last: bool = False  # the last step too: what comes after it may be stopped as well
     accepted: Sequence[str] = ()  # fingerprints of other inputs from whose checkpoints to take what fits
     state: TrainState = field(default_factory=TrainState)
@@ -155,7 +156,7 @@ class Fit:
         nbytes = self.keeper.rehearse()
         self.times = Times(self.training, self.state.step, self.deadline, slowest_save=nbytes / ASSUMED_SPEED)
         try:
-            with self.objective.computing(), StopRequest(self._tell_of_stop) as request:
+            with self.masters.computing(self.objective), StopRequest(self._tell_of_stop) as request:
                 if self.watch.rolls_back and self.keeper.saved_step is None:
                     self._save(hooks)
                 while self.state.step < self.total_steps and not self._has_stalled():
@@ -312,10 +313,13 @@ class Fit:
             self._save(hooks, at_once=True)
         step = self.state.step + 1
         file = self.folder / "diverged" / f"step-{step:08d}.json"
-        if self.accelerator.is_main_process:
+        lead = self.accelerator.is_main_process
+        if lead or self.masters.sharded:
             about = {"step": step, "why": why, "losses_before": self.state.recent_losses}
             examples = [(number, self.train[number]) for number in self.order.batch(self.state.batch).tolist()]
-            write_out(file, about, examples, self.model, self.objective, self.precision, self.describe)
+            losses = losses_of(examples, self.masters, self.objective, self.precision)
+        if lead:
+            write_out(file, about, examples, losses, self.describe)
         raise diverged(f"{why}, in step {step}", file)
 
     def _evaluate(self, hooks: Sequence[Hook]) -> None:
@@ -342,7 +346,7 @@ class Fit:
         assert self.held_out is not None
         loss = held_out_loss(
             self.accelerator,
-            self.model,
+            self.masters,
             self.objective,
             self.held_out,
             self.size_column,

@@ -8,11 +8,12 @@ et al., 2017: https://arxiv.org/abs/1710.03740). Otherwise the masters are the m
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 
+from llmkit.model.objective import Objective
 from llmkit.model.precision import compute_in
 
 _CACHED = 2**18  # numbers: a megabyte in fp32, which stays in a processor's cache
@@ -21,6 +22,8 @@ _SUMMED = 2**22  # numbers whose squares one fp32 sum adds up well; few enough s
 
 class Masters:
     """The trainable weights of a model by name, in fp32; each one's `grad` is a view of `gradients`, one flat tensor."""
+
+    sharded = False
 
     def __init__(self, model: Any, precision: str) -> None:
         self.model = model
@@ -47,6 +50,14 @@ class Masters:
             start += weight.numel()
             if name in originals:
                 self._own[name].register_post_accumulate_grad_hook(self._collector(name))
+
+    def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """What a function makes of the model and other arguments."""
+        return function(self.model, *arguments)
+
+    def computing(self, objective: Objective) -> AbstractContextManager[None]:
+        """To be entered around everything that computes with the model."""
+        return objective.computing()
 
     def adopt(self, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Parameter groups of the model as groups of its masters."""
@@ -86,6 +97,10 @@ class Masters:
             if name not in self._touched and name not in self._held:
                 self.weights[name].grad.zero_()  # type: ignore[union-attr]
 
+    def sum_gradients(self) -> None:
+        """Sums the gradients over all processes."""
+        torch.distributed.all_reduce(self.gradients)
+
     @torch.no_grad()
     def publish(self) -> None:
         """Gives the model what the optimizer has changed."""
@@ -119,16 +134,34 @@ class Masters:
 
     def saved(self) -> dict[str, torch.Tensor]:
         """What training changes, on the CPU: these weights, and the buffers that are saved with a model."""
+        return {name: t.detach().cpu().contiguous() for name, t in self._saved().items()}
+
+    def outlines(self) -> dict[str, torch.Tensor]:
+        """What `saved` gives, on the meta device."""
+        return {name: t.detach().to("meta") for name, t in self._saved().items()}
+
+    def whole(self, rows: dict[str, tuple[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        """Tensors that belong to parameters, on the CPU: names to the parameter's and the tensor."""
+        return {key: tensor.detach().cpu().contiguous() for key, (_, tensor) in rows.items()}
+
+    def rows(self, name: str, whole: torch.Tensor) -> torch.Tensor:
+        """What of a tensor that belongs to a parameter belongs to this process: all."""
+        return whole
+
+    def _saved(self) -> dict[str, torch.Tensor]:
+        return {**self.weights, **self._saved_buffers()}
+
+    def _saved_buffers(self) -> dict[str, torch.Tensor]:
         saved = self.model.state_dict().keys()
-        buffers = {name: buffer for name, buffer in self.model.named_buffers() if name in saved}
-        return {name: t.detach().cpu().contiguous() for name, t in [*self.weights.items(), *buffers.items()]}
+        return {name: buffer for name, buffer in self.model.named_buffers() if name in saved}
 
     @torch.no_grad()
     def load(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Puts back what `saved` gave."""
+        """Puts back what `saved` gave; meta tensors stand for what is to stay."""
         known = {**self.weights, **dict(self.model.named_buffers())}
         for name, value in tensors.items():
-            known[name].copy_(value)
+            if not value.is_meta:
+                known[name].copy_(value)
         self.publish()
 
     @contextmanager
@@ -191,11 +224,20 @@ class Average:
             list(self.tensors.values()), [weight.data for weight in self._masters.weights.values()], 1 - keep
         )
 
+    def saved(self) -> dict[str, torch.Tensor]:
+        """The averages on the CPU, as `Masters.saved` gives the weights."""
+        return self._masters.whole({name: (name, tensor) for name, tensor in self.tensors.items()})
+
     @torch.no_grad()
     def load(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Puts back what was in `tensors`."""
+        """Puts back what `saved` gave; meta tensors stand for what is to stay."""
         for name, value in tensors.items():
-            self.tensors[name].copy_(value)
+            if not value.is_meta:
+                self.tensors[name].copy_(self._masters.rows(name, value))
+
+    def settle(self) -> None:
+        """Makes the averages the model's weights, for good."""
+        self._swap()
 
     @contextmanager
     def applied(self) -> Iterator[None]:
@@ -206,7 +248,10 @@ class Average:
         finally:
             self._swap()
 
+    @torch.no_grad()
     def _swap(self) -> None:
-        for name, weight in self._masters.weights.items():
-            weight.data, self.tensors[name] = self.tensors[name], weight.data
+        for name, weight in self._masters.weights.items():  # in place: others know the weights' memory
+            before = weight.detach().clone()
+            weight.copy_(self.tensors[name])
+            self.tensors[name].copy_(before)
         self._masters.publish()

@@ -9,7 +9,7 @@ import resource
 import sys
 import weakref
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -59,6 +59,19 @@ class Memory:
     def total(self) -> int:
         """All of it."""
         return sum(self.parts.values())
+
+    def spread(self, processes: int, numbers: int, together: int) -> Memory:
+        """The same for each of some processes that share `numbers` fp32 parameters and all that belongs to them.
+
+        `together` are the bytes of the parameters that are whole at once; their gradients take as many.
+        """
+        return replace(
+            self,
+            weights=4 * numbers // processes + 2 * together,
+            masters=0,
+            gradients=2 * self.gradients // processes,
+            optimizer=self.optimizer // processes,
+        )
 
     @property
     def parts(self) -> dict[str, int]:

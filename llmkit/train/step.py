@@ -104,19 +104,30 @@ class Stepper:
         device = self.accelerator.device
         total = torch.zeros((), device=device)
         self.masters.forget_gradients()
-        for batch in batches:
+        for batch, counts in self._in_step(batches):
             try:
                 with autocast(device, self.precision):
-                    loss = self.objective.loss(self.model, to_device(batch, device))
-                weighed = loss * weigh
+                    loss = self.masters.call(self.objective.loss, to_device(batch, device))
+                weighed = loss * (weigh and counts)
                 (self.scaler.scale(weighed / max(supervised, 1)) if self.scaler else weighed).backward()
-                total += loss.detach() * weigh
+                total += weighed.detach()
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
+                if self.masters.sharded:  # the other processes wait for this one within their batches
+                    raise ResourceError(
+                        "there is not enough memory",
+                        got=f"{sizes(batch)[0]:,} tokens at once",
+                        hint="lower micro_batch_tokens: weights that are spread over processes cannot wait for one",
+                    ) from None
                 return None, sizes(batch)[0] // 2 if examples_in(batch) > 1 else 0
         self.masters.finish_gradients()
         return total, _EVERYTHING
+
+    def _in_step(self, batches: list[Batch]) -> list[tuple[Batch, bool]]:
+        """The batches, and whether they count: all processes compute as many where they need each other for each."""
+        rounds = -self._least(-len(batches)) if self.masters.sharded else len(batches)
+        return [(batch, True) for batch in batches] + [(batches[0], False)] * (rounds - len(batches))
 
     def _lowered(self, step: int, tokens: int) -> int:
         """Makes room and says so. Raises ResourceError when one example is too much."""
@@ -139,7 +150,8 @@ class Stepper:
 
         Until now the gradients are those of the summed loss.
         """
-        self._sum_in_place(self.masters.gradients)
+        if self.accelerator.num_processes > 1:
+            self.masters.sum_gradients()
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
         divisor = supervised if self.scaler is None else 1  # fp16 has no room for the gradients of a sum

@@ -25,6 +25,7 @@ from llmkit.tasks.causal import CausalTask
 from llmkit.train.hooks.metrics_log import MetricsLogHook
 from llmkit.train.loop import Fit
 from llmkit.train.masters import Masters
+from llmkit.train.sharding import ShardedMasters
 from llmkit.train.state import TrainState, seed_everything
 from llmkit.train.step import StepResult
 
@@ -111,6 +112,7 @@ def make_fit(folder: Path, train: Corpus, held_out: Corpus | None = None, **give
         "accelerator": None,
         "model": None,
         "seed": 3,
+        "sharded": False,
     }
     own |= {key: given.pop(key) for key in tuple(given) if key in own}
     training = Training(**({"batch_size": 8, "steps": 12, "log_every": 1, "warmup": 2, "trackers": ()} | given))
@@ -123,7 +125,7 @@ def make_fit(folder: Path, train: Corpus, held_out: Corpus | None = None, **give
     objective = (own["task"] or tiny_task()).objective(
         model, Regularisation(training.label_smoothing, training.neftune_alpha)
     )
-    masters = Masters(model, own["precision"])
+    masters = (ShardedMasters if own["sharded"] else Masters)(model, own["precision"])
     shape_computation(model, training)
     limit = training.micro_batch_tokens
     return Fit(

@@ -7,6 +7,7 @@ import errno
 import os
 import resource
 import shutil
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -34,6 +35,10 @@ def fail_between(disk: FailingDisk, first: int, last: int) -> dict[int, Callable
     """A disk that fails while steps `first` to `last` are saved."""
 
     def switch(on: bool) -> None:
+        for _ in range(0 if on else 1000):  # what is written behind may take its time
+            if disk.failures:
+                break
+            time.sleep(0.01)
         disk.on = on
 
     return {first: lambda: switch(True), last + 1: lambda: switch(False)}
