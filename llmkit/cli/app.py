@@ -188,6 +188,8 @@ def evaluate(
     resume: options.Resume = True,
     resume_anyway: options.ResumeAnyway = False,
     max_time: options.MaxTime = None,
+    gpus: options.Gpus = None,
+    processes: options.Processes = None,
     dry_run: options.DryRun = False,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
@@ -200,7 +202,7 @@ def evaluate(
     if recipe and model and not recipe.endswith((".yaml", ".yml")):
         raise typer.BadParameter(f"a model is given twice: {recipe} and --model {model}")
     path, found, settings = model_to_score(recipe, bool(data or eval_data), tuple(against or ()), tuple(set_ or ()))
-    flags = Flags(path, model or found, data, eval_data, task, out, settings, seed, max_time)
+    flags = Flags(path, model or found, data, eval_data, task, out, settings, seed, max_time, gpus, processes)
     if learning_curve is not None:
         from llmkit.cli.crossval import SeveralRuns
 

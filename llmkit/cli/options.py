@@ -30,10 +30,8 @@ ResumeAnyway = Annotated[
 MaxTime = Annotated[
     str | None, typer.Option("--max-time", metavar="4h", help="max_time: save and exit with 75 within this time")
 ]
-Gpus = Annotated[int | None, typer.Option("--gpus", help="launch.gpus: how many to train on [default: all]")]
-Processes = Annotated[
-    int | None, typer.Option("--processes", help="launch.processes: to train in where there is no GPU")
-]
+Gpus = Annotated[int | None, typer.Option("--gpus", help="launch.gpus: how many to use [default: all]")]
+Processes = Annotated[int | None, typer.Option("--processes", help="launch.processes: where there is no GPU")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would run and why; run nothing")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only the result and errors")]

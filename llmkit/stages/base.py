@@ -28,6 +28,9 @@ from llmkit.tasks.base import Task, TaskSettings
 class Stage(Protocol):
     """One step of the pipeline. `distributed` stages run in every process, the others in the first.
 
+    Before a stage that `shares` runs in the first, every process calls its `share(recipe, run, process, processes)`, which
+    does a part of the work ahead.
+
     What a stage that `resumes` left unfinished is there when it runs again on the same inputs.
     """
 
@@ -36,6 +39,7 @@ class Stage(Protocol):
     trains: bool
     resumes: bool
     distributed: bool
+    shares: bool
 
     def needs(self, recipe: Recipe) -> tuple[str, ...]:
         """The stages whose artifacts this one reads, in order."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 
@@ -22,9 +23,14 @@ from llmkit.tasks.base import Task
 MOST_OF_TRAIN = 500  # examples, unless a number is asked for
 
 
+def data_set_folder(run: Run, name: str) -> Path:
+    """Where the corpus of a data set lies."""
+    return run.folder("evaluate") / "data" / name
+
+
 def data_set(recipe: Recipe, run: Run, task: Task, name: str, like: Corpus) -> Corpus:
     """A corpus of the rows behind `evaluate.data_sets`, made as `like` was. Raises DataError for rows it cannot score."""
-    folder = run.folder("evaluate") / "data" / name
+    folder = data_set_folder(run, name)
     work = folder.with_name(f".{name}.work")
     shutil.rmtree(work, ignore_errors=True)
     data, progress = recipe.data, run.reporter.progress(f"reading {name}", 0, "rows")

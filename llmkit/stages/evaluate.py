@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -34,7 +34,7 @@ from llmkit.stages.base import (
 )
 from llmkit.stages.benchmarks import add_benchmarks, benchmark_inputs
 from llmkit.stages.comparison import Comparing, Comparison
-from llmkit.stages.data_sets import data_set, train_sample
+from llmkit.stages.data_sets import data_set, data_set_folder, train_sample
 from llmkit.stages.evaluation_results import (
     HELD_OUT,
     add_general,
@@ -61,6 +61,7 @@ class Evaluate:
     trains = False
     resumes = True
     distributed = False
+    shares = True
 
     def needs(self, recipe: Recipe) -> tuple[str, ...]:
         """The held-out corpus and the model."""
@@ -87,6 +88,17 @@ class Evaluate:
         for path in map(OwnCode.path_of, filter(is_own_code, keys.metrics)):
             found[f"the file {path.name}"] = digest_file(path) if path.is_file() else None
         return found | benchmark_inputs(recipe)
+
+    def share(self, recipe: Recipe, run: Run, process: int, processes: int) -> None:
+        """Scores this process's examples and keeps the scores, where the first process finds them."""
+        from accelerate import PartialState
+
+        if not recipe.evaluate.cache:
+            return
+        with PartialState().main_process_first():
+            data = _data(recipe, run, read_only=process > 0)
+        for model, each in _work(_models(recipe, run), data):
+            model.keep_scores(each.share(process, processes))
 
     def run(self, recipe: Recipe, run: Run) -> Artifact:
         """Writes `results.json` and, for each data set, `predictions*.jsonl`, with what each model said of each example.
@@ -172,8 +184,11 @@ def scoring_for(recipe: Recipe, examples: int, precision: str) -> Scoring:
     )
 
 
-def _data(recipe: Recipe, run: Run) -> dict[str, DataSet]:
-    """All data to score: what is held out, general text, further data sets, and a sample of what was learnt from."""
+def _data(recipe: Recipe, run: Run, *, read_only: bool = False) -> dict[str, DataSet]:
+    """All data to score: what is held out, general text, further data sets, and a sample of what was learnt from.
+
+    With `read_only`, the further ones are there already.
+    """
     name = _corpus_name(run)
     corpus = require_corpus(run, name, "data.eval")
     task = _task(recipe, run, corpus)
@@ -188,7 +203,7 @@ def _data(recipe: Recipe, run: Run) -> dict[str, DataSet]:
         whole = replace(scoring, metrics=plain.metrics, generate=0, samples=0)
         found["general"] = DataSet("general", "general text", plain, general, np.arange(len(general)), whole)
     for own in recipe.evaluate.data_sets:
-        more = data_set(recipe, run, task, own, corpus)
+        more = Corpus(data_set_folder(run, own)) if read_only else data_set(recipe, run, task, own, corpus)
         asked = scoring_for(recipe, len(more), precision)
         found[own] = DataSet(own, f"the data set {own}", task, more, np.arange(len(more)), asked)
     sample = train_sample(recipe, run, name, len(corpus))
@@ -201,12 +216,16 @@ def _data(recipe: Recipe, run: Run) -> dict[str, DataSet]:
 def _predictions(data: Mapping[str, DataSet], models: Sequence[ScoredModel]) -> dict[str, dict[str, Predictions]]:
     """What each model says of each data set, one model in memory at a time; of training examples only the first."""
     found: dict[str, dict[str, Predictions]] = {name: {} for name in data}
-    for model in models:
-        for name, each in data.items():
-            if name != "train" or model is models[0]:
-                found[name][model.name] = model.predictions(each)
-        model.release()
+    for model, each in _work(models, data):
+        found[each.name][model.name] = model.predictions(each)
     return found
+
+
+def _work(models: Sequence[ScoredModel], data: Mapping[str, DataSet]) -> Iterator[tuple[ScoredModel, DataSet]]:
+    """Which model is to be scored on what, one model in memory at a time; on training examples only the first."""
+    for model in models:
+        yield from ((model, each) for name, each in data.items() if name != "train" or model is models[0])
+        model.release()
 
 
 def _refuse_unfit(recipe: Recipe, run: Run) -> None:

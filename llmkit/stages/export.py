@@ -34,6 +34,7 @@ class Export:
     trains = False
     resumes = False
     distributed = False
+    shares = False
 
     def needs(self, recipe: Recipe) -> tuple[str, ...]:
         """The model."""

@@ -49,6 +49,7 @@ class Finetune:
     trains = True
     resumes = True
     distributed = True
+    shares = False
 
     def needs(self, recipe: Recipe) -> tuple[str, ...]:
         """The corpus, and the stages of the recipe before this one."""

@@ -24,6 +24,7 @@ class Freeze:
     trains = False
     resumes = True
     distributed = False
+    shares = False
 
     def needs(self, recipe: Recipe) -> tuple[str, ...]:
         """The model that is to be frozen, and the data where they decide its shape (the number of labels)."""

@@ -85,7 +85,7 @@ def run_stages(
             if not decision.runs:
                 run.reporter.stage(name, "unchanged", decision.why)
                 continue
-            if launch is not None and stage.distributed:  # which says itself that it runs
+            if launch is not None and (stage.distributed or stage.shares):  # which says itself that it runs
                 with run.left_alone():
                     launch(name)
                 continue
@@ -95,6 +95,10 @@ def run_stages(
                 run.start(name, inputs, keep=decision.resume)
             processes.meet(run)
             with _noting_failure(run, name):
+                if stage.shares and processes.count > 1:
+                    sharing: Any = stage
+                    sharing.share(recipe, run, processes.number, processes.count)
+                    processes.meet(run)
                 artifact = stage.run(recipe, run) if processes.lead or stage.distributed else None
             if artifact is not None and processes.lead:
                 run.finish(artifact, time.monotonic() - started)
@@ -259,7 +263,8 @@ class _Processes:
 
     def __init__(self) -> None:
         self.count = int(os.environ.get("WORLD_SIZE", "1"))
-        self.lead = int(os.environ.get("RANK", "0")) == 0
+        self.number = int(os.environ.get("RANK", "0"))
+        self.lead = self.number == 0
         if self.count > 1:
             import torch
             from accelerate import PartialState

@@ -39,6 +39,7 @@ class Preprocess:
     trains = False
     resumes = True
     distributed = False
+    shares = False
 
     def needs(self, recipe: Recipe) -> tuple[str, ...]:
         """Nothing."""

@@ -35,6 +35,7 @@ class Pretrain:
     trains = True
     resumes = True
     distributed = True
+    shares = False
 
     def needs(self, recipe: Recipe) -> tuple[str, ...]:
         """The corpus."""

@@ -33,6 +33,16 @@ class DataSet:
     corpus: Corpus
     numbers: np.ndarray
     scoring: Scoring
+    part: tuple[int, int] = (0, 1)  # of what is to be answered, which process's share of how many
+
+    def share(self, process: int, processes: int) -> DataSet:
+        """What one of some processes is to score of it."""
+        return replace(self, numbers=self.numbers[process::processes], part=(process, processes))
+
+    def to_answer(self) -> np.ndarray:
+        """The examples to which the model is to write an answer."""
+        process, processes = self.part
+        return self.task.to_answer(self.corpus, self.scoring)[process::processes]
 
     @property
     def origins(self) -> Origins | None:
@@ -61,17 +71,25 @@ class ScoredModel:
 
     def predictions(self, data: DataSet) -> Predictions:
         """What the model says of a data set. Raises ArtifactError when that is not finite."""
+        table = self._filled(data)
+        return predictions_of(data.task, data.corpus, table, data.numbers, data.groups(), self.seed)
+
+    def keep_scores(self, data: DataSet) -> None:
+        """Only keeps what the model says, for `predictions` to find. Raises ArtifactError when that is not finite."""
+        self._filled(data)
+
+    def release(self) -> None:
+        """Lets go of the model's weights."""
+        self._loaded = None
+
+    def _filled(self, data: DataSet) -> ScoreTable:
         table = self._table(data)
         try:
             self._fill(table, data)
         finally:
             if isinstance(table, KeptScores):
                 table.close()
-        return predictions_of(data.task, data.corpus, table, data.numbers, data.groups(), self.seed)
-
-    def release(self) -> None:
-        """Lets go of the model's weights."""
-        self._loaded = None
+        return table
 
     def _table(self, data: DataSet) -> ScoreTable:
         if not self.keep:
@@ -100,7 +118,7 @@ class ScoredModel:
     def _fill(self, table: ScoreTable, data: DataSet) -> None:
         task, corpus, scoring = data.task, data.corpus, data.scoring
         missing = len(table.not_scored(data.numbers))
-        unanswered = len(table.not_answered(task.to_answer(corpus, scoring)))
+        unanswered = len(table.not_answered(data.to_answer()))
         if not missing + unanswered:
             self.run.reporter.note(f"the scores of the {self.name} on {data.title} are there from before")
             return
@@ -111,11 +129,12 @@ class ScoredModel:
             )
         model = self._model(task, scoring)
         scoring = replace(scoring, objective=task.objective(model))
-        known = self.known(model, data, scoring) if missing else None
+        known = self.known(model, data, scoring) if missing and data.part == (0, 1) else None
         title = f"scoring the {self.name} on {data.title}"
         progress = self.run.reporter.progress(title, missing + unanswered, "examples")
         try:
-            fill(table, task, model, corpus, data.numbers, replace(scoring, advance=progress.advance, known=known))
+            scoring = replace(scoring, advance=progress.advance, known=known)
+            fill(table, task, model, corpus, data.numbers, scoring, data.to_answer())
         except NotFiniteError as error:
             raise ArtifactError(
                 f"the {self.name}'s scores are not finite numbers",

@@ -62,13 +62,21 @@ class ScoreTable:
         return np.array([number for number in numbers.tolist() if number not in self.answers], np.int64)
 
 
-def fill(table: ScoreTable, task: Task, model: Any, corpus: Corpus, numbers: np.ndarray, scoring: Scoring) -> None:
+def fill(
+    table: ScoreTable,
+    task: Task,
+    model: Any,
+    corpus: Corpus,
+    numbers: np.ndarray,
+    scoring: Scoring,
+    to_answer: np.ndarray,
+) -> None:
     """Has the model say what is missing of some examples, and of those that are to be answered."""
     missing = table.not_scored(numbers)
     if len(missing):
         for part, fields in task.predict(model, corpus, missing, scoring):
             table.add(part, fields)
-    unanswered = table.not_answered(task.to_answer(corpus, scoring))
+    unanswered = table.not_answered(to_answer)
     if len(unanswered):
         for part, answers in task.answer(model, corpus, unanswered, scoring):
             table.add_answers(part, answers)
@@ -120,7 +128,7 @@ def evaluate(task: Task, model: Any, corpus: Corpus, scoring: Scoring) -> Scores
     """A model's scores on a whole corpus; nothing is kept."""
     table = ScoreTable(len(corpus))
     everything = np.arange(len(corpus))
-    fill(table, task, model, corpus, everything, scoring)
+    fill(table, task, model, corpus, everything, scoring, task.to_answer(corpus, scoring))
     predictions = predictions_of(task, corpus, table, everything, everything, seed=0)
     _, values, reasons = statistics_of(scoring.metrics, predictions)
     samples = samples_of(task, corpus, {"answer": predictions}, everything, scoring.samples)

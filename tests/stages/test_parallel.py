@@ -101,3 +101,29 @@ def test_a_run_with_adapters_in_two_processes(cli: Cli, tiny_llama: Path, chat_r
     assert facts["parameter_groups"] == rows, "sizes are those of whole parameters"
     again = cli("evaluate", two, "--json")
     assert again.code == 0, again.err
+
+
+@pytest.mark.slow
+def test_two_processes_score_together(
+    cli: Cli, tiny_llama: Path, chat_rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = tmp_path / "other.jsonl"
+    other.write_text("".join(chat_rows.read_text().splitlines(keepends=True)[:9]))
+    settings = ("evaluate.generate=5", "evaluate.precision=fp32")
+    words = [word for setting in settings for word in ("--set", setting)]
+    words += ["--set", f"evaluate.data_sets={{other: {other}}}"]
+
+    def scores(name: str, *more: object) -> dict[str, Any]:
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / f"cache-{name}"))
+        done = cli("evaluate", tiny_llama, "-d", chat_rows, "-o", tmp_path / name, *words, *more)
+        assert done.code == 0, done.err
+        found: dict[str, Any] = json.loads((tmp_path / name / "evaluate" / "results.json").read_text())
+        return found
+
+    one, both = scores("one"), scores("both", "--processes", 2)
+    assert both["model"] == pytest.approx(one["model"], rel=1e-6)
+    assert both["data_sets"]["other"]["model"] == pytest.approx(one["data_sets"]["other"]["model"], rel=1e-6)
+    assert {file.read_text().count('"answers"') for file in (tmp_path / "cache-both").rglob("*.jsonl")} - {0}, "kept"
+    writers = [len(list(folder.glob("*.jsonl"))) for folder in (tmp_path / "cache-both").glob("*/predictions/*")]
+    assert writers
+    assert set(writers) == {2}, "each process has scored of each data set, and left nothing to the first alone"
