@@ -234,6 +234,7 @@ class Launch(Section):
     gpus: int | None = Field(None, gt=0, description="one process for each; all there are when absent")
     processes: int | None = Field(None, gt=0, description="where there is no GPU; 1 when absent")
     hang_after: Duration = Field("30min", description="without a step in any process, all are ended")
+    connect_within: Duration = Field("2min", description="so long processes wait for each other at the start")
 
     @model_validator(mode="after")
     def _one_number(self) -> Launch:
@@ -376,9 +377,10 @@ class Recipe(Section):
 
 
 def result_keys(section: BaseModel | None) -> dict[str, Any]:
-    """The part of a section that decides what a stage computes, as JSON values."""
+    """The part of a section that decides what a stage computes, as JSON values; what is absent is left out."""
     if section is None:
         return {}
     fields = type(section).model_fields
     extra = {name: field.json_schema_extra for name, field in fields.items()}
-    return {key: value for key, value in section.model_dump(mode="json").items() if extra.get(key) != NO_RESULT}
+    found = section.model_dump(mode="json", exclude_none=True)
+    return {key: value for key, value in found.items() if extra.get(key) != NO_RESULT}

@@ -66,6 +66,16 @@ class Divergence(Section):
     limit: int = Field(3, gt=0, description="steps that may be refused before training stops")
 
 
+class LocalSteps(Section):
+    """Processes train apart for some steps, and then average what they have learnt."""
+
+    every: int = Field(16, gt=1, description="steps after which the processes' weights are averaged")
+    outer_lr: float = Field(
+        1.0, gt=0, le=2, description="share of the way to their mean; DiLoCo takes 0.7 with momentum"
+    )
+    outer_momentum: float = Field(0.0, ge=0, lt=1, description="Nesterov's, on that way; DiLoCo takes 0.9")
+
+
 class PartRate(Parts):
     """The peak rate of parts of the model."""
 
@@ -147,6 +157,9 @@ class Training(Section):
         json_schema_extra=NO_RESULT,
     )
     divergence: Divergence = Divergence()
+    local: LocalSteps | None = Field(
+        None, description="several processes train apart and average their weights at times"
+    )
     log_every: int = Field(10, gt=0, description="steps", json_schema_extra=NO_RESULT)
     trackers: tuple[str, ...] = Field(("tensorboard",), description="of Accelerate", json_schema_extra=NO_RESULT)
 
@@ -166,6 +179,14 @@ class Training(Section):
             mistakes.append("`divergence: rollback` needs `save_every` as a number of steps, so that it is exact")
         if self.schedule.name == "plateau" and self.eval_every is None:
             mistakes.append("`schedule: plateau` needs `eval_every`, the number of steps between evaluations")
+        if self.local is not None and self.ema is not None:
+            mistakes.append("takes `local` or `ema`, not both: what is averaged apart is no average of the whole")
+        if self.local is not None and self.precision == "fp16":
+            mistakes.append("takes `local` with `precision: bf16` or `fp32`")
+        if self.local is not None and (self.eval_every or 0) % self.local.every:
+            mistakes.append(
+                "`eval_every` must be a multiple of `local.every`: in between there is no one model to score"
+            )
         if mistakes:
             raise ValueError("\n".join(mistakes))
         return self

@@ -30,8 +30,9 @@ def choose_parallel(
     """
     wanted, processes, guess = job.recipe.parallel, accelerator.num_processes, job.run.guess
     if processes == 1:
-        if wanted == "fsdp":
-            guess(f"{job.stage}.parallel", "none", "there is one process, and nobody to share with")
+        asked = {"parallel": wanted == "fsdp", "local": job.training.local is not None}
+        for key in (key for key, is_asked in asked.items() if is_asked):
+            guess(f"{job.stage}.{key}", "none", "there is one process, and nobody to share with")
         return size(1), False
     against = _why_not_spread(job, precision)
     if wanted == "fsdp" and against is not None:
@@ -54,6 +55,8 @@ def choose_parallel(
 
 def _why_not_spread(job: TrainingJob, precision: str) -> tuple[str, str] | None:
     """What of a training needs whole parameters, and what to do about it; None for nothing."""
+    if job.training.local is not None:
+        return f"{job.stage}.local", "take one of the two"
     if job.training.optimizer.name not in ELEMENTWISE:
         return f"optimizer: {job.training.optimizer.name}", f"take one of {', '.join(sorted(ELEMENTWISE))}"
     if job.thaws:

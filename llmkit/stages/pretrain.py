@@ -46,7 +46,7 @@ class Pretrain:
         corpora = run.stage("preprocess")["facts"]["corpora"]
         found: dict[str, Any] = {f"recipe.pretrain.{key}": value for key, value in result_keys(recipe.pretrain).items()}
         for read_by_preprocess in ("data", "tokenizer", "max_length"):
-            del found[f"recipe.pretrain.{read_by_preprocess}"]
+            found.pop(f"recipe.pretrain.{read_by_preprocess}", None)
         train, held_out = pretraining_corpora(recipe)
         found |= {"recipe.seed": recipe.seed, "corpus": corpora[train], "held out": corpora[held_out]}
         if recipe.model is not None:

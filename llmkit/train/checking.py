@@ -144,7 +144,7 @@ def _check_best(found: Checkpoint, present: Checkpoint) -> None:
         best = load_file(found.best_weights)
     except (SafetensorError, MemoryError) as error:
         raise ArtifactError("its best weights are no safetensors file", got=str(error)) from None
-    learnt = {name: tensor for name, tensor in present.weights.items() if not name.startswith("average/")}
+    learnt = {name: tensor for name, tensor in present.weights.items() if "/" not in name}
     _check_tensors("one of its best weights", best, learnt)
     for name, tensor in best.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():

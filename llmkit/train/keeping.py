@@ -24,11 +24,12 @@ from llmkit.run.checkpoint import (
     step_of,
 )
 from llmkit.train.checking import check_checkpoint
+from llmkit.train.local import Meetings
 from llmkit.train.masters import Average, Masters
 from llmkit.train.state import TrainState, random_state, restore_random_state
 from llmkit.train.taking_over import fitting_parts
 
-_AVERAGE = "average/"  # before the names of averaged weights in a checkpoint
+_AVERAGE, _OUTER = "average/", "outer/"  # before the names of weights in a checkpoint: what belongs to them
 _FAILURES = 3  # in a row, after which a training ends
 _WRITING = (OSError, SafetensorError)  # what a disk can do to a checkpoint
 
@@ -49,6 +50,7 @@ class Keeper:
     scaler: torch.amp.GradScaler | None
     warn: Callable[[str], None]
     behind: bool = False
+    meetings: Meetings | None = None
     saved_step: int | None = None
     failures: int = 0  # in a row
     failed: bool = False  # since it was last asked for
@@ -141,10 +143,10 @@ class Keeper:
             return None
         if found.fingerprint != self.checkpoints.fingerprint:
             found = fitting_parts(found, self._present(), warn)
-        self.masters.load({n: t for n, t in found.weights.items() if not n.startswith(_AVERAGE)})
-        if self.average is not None:
-            averaged = {n.removeprefix(_AVERAGE): t for n, t in found.weights.items() if n.startswith(_AVERAGE)}
-            self.average.load(averaged)
+        self.masters.load({name: tensor for name, tensor in found.weights.items() if "/" not in name})
+        for prefix, companion in self._companions():
+            own = {n.removeprefix(prefix): t for n, t in found.weights.items() if n.startswith(prefix)}
+            companion.load(own)
         if found.best_weights is not None and self.accelerator.is_main_process:
             link_file(found.best_weights, self.best_file)
         names = self._names()
@@ -200,8 +202,9 @@ class Keeper:
         tensors, values = optimizer_to_parts(self.optimizer)
         names = self._names()
         moments = self.masters.whole({key: (names[int(key.partition(".")[0])], t) for key, t in tensors.items()})
-        averaged = self.average.saved() if self.average else {}
-        weights = self.masters.saved() | {_AVERAGE + name: tensor for name, tensor in averaged.items()}
+        weights = self.masters.saved()
+        for prefix, companion in self._companions():
+            weights |= {prefix + name: tensor for name, tensor in companion.saved().items()}
         return Checkpoint(
             weights, moments, values, self._about(state, random), self.best_file if state.best_step else None
         )
@@ -209,9 +212,15 @@ class Keeper:
     def _present(self) -> Checkpoint:
         """What a checkpoint of this training would hold now, its weights as meta tensors."""
         weights = self.masters.outlines()
-        averaged = {_AVERAGE + name: weights[name] for name in self.masters.weights} if self.average else {}
+        for prefix, companion in self._companions():
+            weights |= {prefix + name: tensor for name, tensor in companion.outlines().items()}
         tensors, values = optimizer_to_parts(self.optimizer)
-        return Checkpoint(weights | averaged, tensors, values, self._about(TrainState(), [random_state()]))
+        return Checkpoint(weights, tensors, values, self._about(TrainState(), [random_state()]))
+
+    def _companions(self) -> list[tuple[str, Average | Meetings]]:
+        """What goes with the weights, shaped as they are."""
+        pairs = ((_AVERAGE, self.average), (_OUTER, self.meetings))
+        return [(prefix, companion) for prefix, companion in pairs if companion is not None]
 
     def _about(self, state: TrainState, random: list[Any]) -> dict[str, Any]:
         scaler = self.scaler.state_dict() if self.scaler else None

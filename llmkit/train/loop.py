@@ -30,6 +30,7 @@ from llmkit.train.divergence import CONSEQUENCE, Trouble, Watch, diverged, losse
 from llmkit.train.held_out import held_out_loss
 from llmkit.train.hooks import Hook, tell
 from llmkit.train.keeping import Keeper
+from llmkit.train.local import Meetings
 from llmkit.train.masters import Average, Masters
 from llmkit.train.micro_batches import Feeder
 from llmkit.train.signals import StopRequest
@@ -111,8 +112,11 @@ class Fit:
         self._read_only = [
             corpus for corpus in (self.train, self.held_out) if isinstance(corpus, Corpus | CorpusWithStates)
         ]
-        self.thawing = Thawing(self.masters, self.thaws, self.note, self._thawed)
         processes, process = accelerator.num_processes, accelerator.process_index
+        rules = training.local if processes > 1 else None
+        self.meetings = Meetings(rules, self.masters, self.optimizer, processes) if rules is not None else None
+        self.keeper.meetings = self.meetings
+        self.thawing = Thawing(self.masters, self.thaws, self.note, self._thawed)
         self.feeder = Feeder(self.train, self.order, self.objective, process, processes, training.micro_batch_size)
         self.stepper = Stepper(
             accelerator,
@@ -126,6 +130,7 @@ class Fit:
             self.warn,
             self.watch.judge,
             scaler,
+            apart=self.meetings is not None,
         )
 
     def release(self) -> None:
@@ -155,21 +160,28 @@ class Fit:
         self.train_mode()
         nbytes = self.keeper.rehearse()
         self.times = Times(self.training, self.state.step, self.deadline, slowest_save=nbytes / ASSUMED_SPEED)
+        self.times.steps_to_a_stop = 1 if self.meetings is None else self.meetings.rules.every
         try:
             with self.masters.computing(self.objective), StopRequest(self._tell_of_stop) as request:
                 if self.watch.rolls_back and self.keeper.saved_step is None:
                     self._save(hooks)
+                stop = save = False
                 while self.state.step < self.total_steps and not self._has_stalled():
                     began = time.monotonic()
                     result = self._step(hooks, request)
+                    stop, save = stop or result.stop, save or result.save or self.times.due_by_steps(self.state.step)
+                    if self._are_apart(result):
+                        self.times.slowest_step = max(self.times.slowest_step, time.monotonic() - began)
+                        continue
                     if self._evaluation_is_due(result):
                         self._evaluate(hooks)
                     self.times.slowest_step = max(self.times.slowest_step, time.monotonic() - began)
                     last = self.state.step >= self.total_steps
-                    if result.stop:
+                    if stop:
                         self._stop(hooks, request)
-                    if not last and (result.save or self.times.due_by_steps(self.state.step)):
+                    if not last and save:
                         self._save(hooks)
+                    save = False
                 if any(self.stepper.sum_over_processes([int(request.received is not None)])):  # during the last step
                     self._stop(hooks, request)
         except Exception:  # but not a second Ctrl-C, which stops at once
@@ -185,6 +197,17 @@ class Fit:
             self._save(hooks)
         self.keeper.settle(self.state, self.training.keep)
         return self.state
+
+    def _are_apart(self, result: StepResult) -> bool:
+        """True when the processes hold different weights after this step; lets them meet when that is due."""
+        if self.meetings is None:
+            return False
+        went_back = result.trouble is not None and result.trouble.action == "rollback"
+        if not went_back and not self.meetings.due(self.state.step, self.total_steps):
+            return True
+        if not went_back:
+            self.meetings.meet()
+        return False
 
     def _stop(self, hooks: Sequence[Hook], request: StopRequest) -> None:
         """Saves, and raises why training stops."""
@@ -309,7 +332,7 @@ class Fit:
     def _give_up(self, hooks: Sequence[Hook], why: str) -> None:
         """Saves what there was before a step, writes its examples out, and raises DivergedError."""
         tell(hooks, self.state, "diverged", why)
-        if self.state.step != self.keeper.saved_step:
+        if self.state.step != self.keeper.saved_step and self.meetings is None:  # apart, there is no one state
             self._save(hooks, at_once=True)
         step = self.state.step + 1
         file = self.folder / "diverged" / f"step-{step:08d}.json"

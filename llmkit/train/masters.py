@@ -228,6 +228,11 @@ class Average:
         """The averages on the CPU, as `Masters.saved` gives the weights."""
         return self._masters.whole({name: (name, tensor) for name, tensor in self.tensors.items()})
 
+    def outlines(self) -> dict[str, torch.Tensor]:
+        """What `saved` gives, on the meta device."""
+        outlines = self._masters.outlines()
+        return {name: outlines[name] for name in self.tensors}
+
     @torch.no_grad()
     def load(self, tensors: dict[str, torch.Tensor]) -> None:
         """Puts back what `saved` gave; meta tensors stand for what is to stay."""

@@ -59,6 +59,7 @@ class Stepper:
     warn: Callable[[str], None]
     judge: Callable[[float, float], Trouble | None]
     scaler: torch.amp.GradScaler | None = None
+    apart: bool = False  # each process learns from its own share alone
 
     def step(
         self,
@@ -90,7 +91,7 @@ class Stepper:
             _restore_random_state(random, self.accelerator.device)
         assert loss is not None, "a process that ran out of memory begins the step again"
         mean = self._sum_in_place(loss).item() / max(supervised, 1)
-        grad_norm, trouble = self._update(mean, max(supervised, 1), rates)
+        grad_norm, trouble = self._update(mean, max(own[0] if self.apart else supervised, 1), rates)
         if trouble is not None and trouble.action != "warn":
             _restore_random_state(random, self.accelerator.device)
         asked = stops > 0, saves > 0
@@ -150,14 +151,15 @@ class Stepper:
 
         Until now the gradients are those of the summed loss.
         """
-        if self.accelerator.num_processes > 1:
+        if self.accelerator.num_processes > 1 and not self.apart:
             self.masters.sum_gradients()
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
         divisor = supervised if self.scaler is None else 1  # fp16 has no room for the gradients of a sum
         grad_norm = self.masters.gradient_norm() / divisor
         overflowed = not math.isfinite(grad_norm) and self.scaler is not None and self.scaler.get_scale() > 1
-        trouble = self.judge(loss, 0.0 if overflowed else grad_norm)
+        largest = self._largest(grad_norm) if self.apart else grad_norm
+        trouble = self.judge(loss, 0.0 if overflowed else largest)
         if trouble is not None and trouble.action != "warn":
             return grad_norm, trouble
         excess = grad_norm / self.max_grad_norm if self.max_grad_norm is not None else 0.0
@@ -186,6 +188,12 @@ class Stepper:
         if self.accelerator.num_processes > 1:
             torch.distributed.all_reduce(tensor)
         return tensor
+
+    def _largest(self, value: float) -> float:
+        """In every process the largest of all; not a number where one has none."""
+        values = torch.tensor([value, float(not math.isfinite(value))], device=self.accelerator.device)
+        torch.distributed.all_reduce(values.nan_to_num_(0.0), torch.distributed.ReduceOp.MAX)
+        return math.nan if values[1] else float(values[0])
 
     def _least(self, value: int) -> int:
         if self.accelerator.num_processes == 1:

@@ -21,6 +21,7 @@ class Times:
     deadline: float | None = None
     slowest_step: float = 0.0  # seconds, held-out evaluation included
     slowest_save: float = 0.0
+    steps_to_a_stop: int = 1  # at most, until there is something to save
     _saved_at: float = field(default_factory=time.monotonic)
     _retry_at: float | None = None
 
@@ -51,7 +52,7 @@ class Times:
     @property
     def bound(self) -> float:
         """Seconds within which a training that is asked to stop has saved and ended: a step at hand, and a checkpoint."""
-        return self.slowest_step + self.slowest_save
+        return self.steps_to_a_stop * self.slowest_step + self.slowest_save
 
     def must_stop(self) -> bool:
         """True when, after the step that comes, there would be no time for another one and a checkpoint."""

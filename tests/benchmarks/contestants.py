@@ -61,6 +61,7 @@ def recipe_for(workload: Workload, job: dict[str, Any]) -> dict[str, Any]:
             **job["options"],
         },
         **freeze,
+        **job["recipe"],
         "stages": ["preprocess", *freeze, "finetune"],
     }
 

@@ -18,7 +18,7 @@ class Contestant:
     """Who trains: a module of `peers`, or llmkit itself where `module` is None, and what sets it apart.
 
     `options` are keys of the recipe's `finetune` for llmkit, and training arguments for a peer; `freeze` are more keys of
-    the recipe's `freeze`.
+    the recipe's `freeze`, `recipe` keys of the recipe itself.
     """
 
     name: str
@@ -26,6 +26,7 @@ class Contestant:
     options: dict[str, Any] = field(default_factory=dict)
     asked_for: bool = False  # takes part only when it is named
     freeze: dict[str, Any] = field(default_factory=dict)
+    recipe: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -64,9 +65,12 @@ class Workload:
             "labels": prepared["labels"],
             "options": contestant.options,
             "freeze": contestant.freeze,
+            "recipe": contestant.recipe,
             "output": str(output),
         }
 
+
+_TWO: dict[str, Any] = {"launch": {"processes": 2}}
 
 SMOLLM2_CHAT = Workload(
     name="smollm2-chat",
@@ -88,6 +92,10 @@ SMOLLM2_CHAT = Workload(
             "trl_sft",
             {"bf16": True, "train_sampling_strategy": "group_by_length", "gradient_checkpointing": False},
             True,
+        ),
+        *(
+            Contestant(f"{LLMKIT}-two-{way}", None, {"precision": "bf16"}, True, recipe=_TWO | {"parallel": way})
+            for way in ("ddp", "fsdp")
         ),
     ),
 )

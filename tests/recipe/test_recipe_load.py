@@ -279,7 +279,8 @@ def test_a_folder_is_no_recipe_but_names_those_inside(tmp_path: Path) -> None:
 
 def test_every_key_of_the_schema_that_changes_no_result_is_left_out_of_it() -> None:
     found = result_keys(Recipe(name="a", task="text", model="m", data={"train": "x"}).finetune)  # type: ignore[arg-type]
-    assert {"lr", "steps", "epochs", "batch_size", "keep", "eval_every"} <= set(found)
+    assert {"lr", "schedule", "warmup", "keep", "weight_decay"} <= set(found)
+    assert not [key for key, value in found.items() if value is None], "what is absent is no input"
     assert not {"log_every", "save_every", "keep_checkpoints", "trackers"} & set(found)
 
 

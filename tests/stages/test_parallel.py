@@ -12,6 +12,7 @@ from conftest import Cli
 from safetensors.torch import load_file
 
 from llmkit.errors import RecipeError
+from llmkit.recipe.training import LocalSteps
 from llmkit.run.log import read_metrics
 from llmkit.stages.parallel import choose_parallel
 
@@ -19,7 +20,13 @@ GIB = 2**30
 
 
 def choose(
-    wanted: str, *, processes: int = 4, precision: str = "bf16", optimizer: str = "adamw", thaws: tuple[Any, ...] = ()
+    wanted: str,
+    *,
+    processes: int = 4,
+    precision: str = "bf16",
+    optimizer: str = "adamw",
+    thaws: Any = (),
+    local: Any = None,
 ) -> tuple[tuple[int, bool], dict[str, tuple[Any, str]]]:
     """Over how many the sizing spreads, and whether training does; and what was guessed. 40 GiB in all, 16 a process."""
     guesses: dict[str, tuple[Any, str]] = {}
@@ -27,7 +34,7 @@ def choose(
         stage="finetune",
         recipe=SimpleNamespace(parallel=wanted),
         run=SimpleNamespace(guess=lambda key, value, why: guesses.update({key: (value, why)})),
-        training=SimpleNamespace(optimizer=SimpleNamespace(name=optimizer)),
+        training=SimpleNamespace(optimizer=SimpleNamespace(name=optimizer), local=local),
         thaws=thaws,
         adapter=None,
     )
@@ -54,6 +61,7 @@ def test_what_is_asked_for_is_done() -> None:
     alone, guesses = choose("fsdp", processes=1)
     assert alone == (1, False)
     assert "one process" in guesses["finetune.parallel"][1]
+    assert "one process" in choose("auto", processes=1, local=LocalSteps())[1]["finetune.local"][1]
 
 
 @pytest.mark.parametrize(
@@ -62,6 +70,7 @@ def test_what_is_asked_for_is_done() -> None:
         ({"optimizer": "muon"}, "optimizer: muon"),
         ({"precision": "fp16"}, "precision: fp16"),
         ({"thaws": ({"at": 3},)}, "freeze.unfreeze"),
+        ({"local": LocalSteps()}, "finetune.local"),
     ],
 )
 def test_what_needs_whole_parameters(given: dict[str, Any], what: str) -> None:

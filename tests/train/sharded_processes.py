@@ -1,4 +1,4 @@
-"""Run by torchrun in test_sharding.py: trainings one after the other, each with its outcome written by each process."""
+"""Run by torchrun in test_sharding.py and test_local.py: trainings one after the other, whose outcome each process writes."""
 
 from __future__ import annotations
 
@@ -48,6 +48,7 @@ def train(folder: Path, name: str, place: str, given: dict[str, Any], cpu: Any) 
         "evaluations": recorder.evaluations,
         "facts": facts_of(fit.state),
         "shapes": shapes,
+        "sum": sum(float(tensor.double().sum()) for tensor in own.values()) if not fit.masters.sharded else None,
     }
     (folder / f"{name}-{cpu.process_index}.json").write_text(json.dumps(found))
     cpu.wait_for_everyone()
