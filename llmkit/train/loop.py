@@ -170,16 +170,15 @@ class Fit:
                     began = time.monotonic()
                     result = self._step(hooks, request)
                     stop, save = stop or result.stop, save or result.save or self.times.due_by_steps(self.state.step)
-                    if self._are_apart(result):
-                        self.times.slowest_step = max(self.times.slowest_step, time.monotonic() - began)
-                        continue
-                    if self._evaluation_is_due(result):
+                    apart = self._are_apart(result)
+                    if not apart and self._evaluation_is_due(result):
                         self._evaluate(hooks)
                     self.times.slowest_step = max(self.times.slowest_step, time.monotonic() - began)
-                    last = self.state.step >= self.total_steps
+                    if apart:
+                        continue
                     if stop:
                         self._stop(hooks, request)
-                    if not last and save:
+                    if save and self.state.step < self.total_steps:
                         self._save(hooks)
                     save = False
                 if any(self.stepper.sum_over_processes([int(request.received is not None)])):  # during the last step
@@ -200,13 +199,11 @@ class Fit:
 
     def _are_apart(self, result: StepResult) -> bool:
         """True when the processes hold different weights after this step; lets them meet when that is due."""
-        if self.meetings is None:
+        if self.meetings is None or _went_back(result):
             return False
-        went_back = result.trouble is not None and result.trouble.action == "rollback"
-        if not went_back and not self.meetings.due(self.state.step, self.total_steps):
+        if not self.meetings.due(self.state.step, self.total_steps):
             return True
-        if not went_back:
-            self.meetings.meet()
+        self.meetings.meet()
         return False
 
     def _stop(self, hooks: Sequence[Hook], request: StopRequest) -> None:
@@ -383,12 +380,16 @@ class Fit:
     def _evaluation_is_due(self, result: StepResult) -> bool:
         every, step = self.training.eval_every, self.state.step
         wanted = step == self.total_steps or (every is not None and step > 0 and step % every == 0)
-        went_back = result.trouble is not None and result.trouble.action == "rollback"
-        return wanted and not went_back and self.held_out is not None and len(self.held_out) > 0
+        return wanted and not _went_back(result) and self.held_out is not None and len(self.held_out) > 0
 
     def _has_stalled(self) -> bool:
         rule = self.training.early_stopping
         return rule is not None and self.state.evaluations_without_gain >= rule.patience
+
+
+def _went_back(result: StepResult) -> bool:
+    """True when training is at an earlier step than before."""
+    return result.trouble is not None and result.trouble.action == "rollback"
 
 
 def batch_order(training: Training, lengths: Any, seed: int, *, padded: bool) -> BatchOrder:
