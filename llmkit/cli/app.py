@@ -484,6 +484,16 @@ def submit(
     submit_command(flags, ask, only_print=only_print, as_json=as_json, quiet=quiet, verbose=verbose)
 
 
+@app.command(help="Under srun or torchrun: see that all processes fit together, and how fast they talk.")
+def probe(
+    within: Annotated[str, typer.Option("--within", metavar="2min", help="So long they wait for each other")] = "2min",
+    as_json: options.Json = False,
+) -> None:
+    from llmkit.cli.probe import probe_command
+
+    probe_command(within, as_json=as_json)
+
+
 @app.command(help="Print the JSON schema of a recipe: all its keys.")
 def schema() -> None:
     from llmkit.cli.output import print_json
@@ -497,8 +507,9 @@ def main() -> None:
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # PyTorch's own switch: huge pages for large tensors on a CPU
     # libgomp's own: threads that wait give their core away soon. On a busy machine they else hold up those they wait for.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-    if "SLURM_STEP_ID" in os.environ and sys.argv[1:2] and sys.argv[1] in _STAGE_HELP:
-        _recognise_srun()
+    launched = not {"SLURM_STEP_ID", "RANK", "WORLD_SIZE"}.isdisjoint(os.environ)
+    if launched and sys.argv[1:2] and sys.argv[1] in (*_STAGE_HELP, "probe"):
+        _take_place()
     try:
         code: Any = app(standalone_mode=False)
     except typer.Abort:
@@ -519,13 +530,15 @@ def main() -> None:
     sys.exit(code)
 
 
-def _recognise_srun() -> None:
-    """Takes this process's place among others from Slurm; exits when Slurm does not tell it."""
+def _take_place() -> None:
+    """Takes this process's place among others from Slurm or what another launcher has set; exits when that makes no sense."""
     from llmkit.errors import UsageError
-    from llmkit.launch.surroundings import recognise
+    from llmkit.launch.surroundings import check_place, recognise
 
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # PyTorch's own: no warning for each try to connect
     try:
         recognise()
+        check_place()
     except UsageError as error:
         from llmkit.cli.output import show_error
 

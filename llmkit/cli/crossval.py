@@ -15,6 +15,7 @@ from rich.console import Console
 from llmkit.cli.console import make_table, standard_output
 from llmkit.cli.output import errors_shown, print_json
 from llmkit.cli.recipes import Flags, recipe_from, run_directory
+from llmkit.cli.report import leave_page
 from llmkit.cli.stages import StageCommand, make_reporter, open_run
 from llmkit.errors import StoppedError, UsageError
 from llmkit.recipe.schema import Recipe
@@ -69,8 +70,8 @@ class SeveralRuns:
             folder = self.flags.out or Path("runs") / f"{recipe.name}-crossval"
             whole = CrossValidation(recipe, folds, folder)
             whole.check()
-            if self._lead and not dry_run and not (folder / CROSSVAL).is_file():
-                whole.write(0)
+            if self._lead and not dry_run:
+                whole.begin()
         for fold in range(1, folds + 1):
             self._say(f"fold {fold} of {folds}", whole.run_of(fold))
             if fold > 1 and "pretrain" in recipe.plan and not dry_run:
@@ -79,6 +80,7 @@ class SeveralRuns:
             if self._lead and not dry_run:
                 with self._errors_shown():
                     found = whole.write(fold)
+                leave_page(folder, make_reporter(quiet=self.quiet))
         if dry_run:
             self._show_foreseen("crossval", folder)
         elif self._lead:
@@ -104,6 +106,7 @@ class SeveralRuns:
         elif self._lead:
             with self._errors_shown():
                 found = curve.write()
+            leave_page(curve.run, make_reporter(quiet=self.quiet))
             self._show("evaluate", curve.run, found, {"learning_curve": curve.run / CURVE}, started, show_curve)
 
     def _take_over_pretraining(self, whole: CrossValidation, fold: int, started: float) -> None:

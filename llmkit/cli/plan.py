@@ -42,7 +42,7 @@ def plan_command(flags: Flags, machines: Machines, *, measure: bool, as_json: bo
         from llmkit.stages.plan import plan_stages
         from llmkit.stages.preflight import check_recipe
 
-        check_recipe(recipe, recipe.plan)
+        check_recipe(recipe, recipe.plan, path)
         run = open_run(path, recipe, reporter, lead=True)
         try:
             if machines.named:

@@ -9,6 +9,7 @@ from llmkit.cli.console import standard_output
 from llmkit.cli.output import errors_shown, print_json
 from llmkit.errors import LlmkitError
 from llmkit.run.directory import Run
+from llmkit.run.reporter import Reporter
 
 
 def report_command(run: Path, file: Path | None, *, as_json: bool) -> None:
@@ -34,19 +35,20 @@ def report_command(run: Path, file: Path | None, *, as_json: bool) -> None:
 
 
 def leave_report(run: Run, *, lead: bool) -> None:
-    """Writes the page into a run after a command, in its first process.
+    """Writes the page into a run after a command, in its first process."""
+    if lead:
+        leave_page(run.path, run.reporter)
 
-    What goes wrong with it is told, and takes nothing from the command.
-    """
-    if not lead:
-        return
+
+def leave_page(folder: Path, reporter: Reporter) -> None:
+    """Writes the page of a folder; what goes wrong with it is told, and takes nothing from the command."""
     from llmkit.report.page import write_report
 
     try:
-        write_report(run.path)
+        write_report(folder)
     except LlmkitError as error:
         told = ": ".join(filter(None, (error.what, error.where or error.got)))
-        run.reporter.warn(f"no new report.html: {told} (`llmkit report {run.path}` tries again)")
+        reporter.warn(f"no new report.html: {told} (`llmkit report {folder}` tries again)")
     except Exception as error:
         told = f"{type(error).__name__}: {error}"
-        run.reporter.warn(f"no new report.html, for a bug: {told} (`llmkit report {run.path}` keeps the traceback)")
+        reporter.warn(f"no new report.html, for a bug: {told} (`llmkit report {folder}` keeps the traceback)")

@@ -26,7 +26,7 @@ def show_results(console: Console, results: dict[str, Any]) -> None:
     """Scores side by side with what sets the models apart, parts of the data, then sample answers of each model."""
     others = [name for name in results["models"] if name != "model"]
     console.print()
-    title = f"held-out scores over {results['examples']:,} examples"
+    title = f"held-out scores over {results['examples']:,} example{'' if results['examples'] == 1 else 's'}"
     console.print(_scores_table(title, results, others))
     _show_reasons(console, results)
     _show_slices(console, results, others)

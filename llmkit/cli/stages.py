@@ -58,7 +58,7 @@ class StageCommand:
             from llmkit.stages.pipeline import run_stages, stages_for
             from llmkit.stages.preflight import check_recipe
 
-            check_recipe(recipe, stages_for(recipe, self._target))
+            check_recipe(recipe, stages_for(recipe, self._target), path)
             if dry_run:
                 self._dry_run(recipe, path)
                 return
@@ -170,9 +170,5 @@ def quieten_libraries(*, verbose: bool) -> None:
 
 
 def open_run(path: Path, recipe: Recipe, reporter: Reporter, *, lead: bool) -> Run:
-    """Opens the run; the processes that only read wait until the first has made it."""
-    if not lead:
-        waited = time.monotonic()
-        while not (path / "run.json").exists() and time.monotonic() - waited < 60:
-            time.sleep(0.1)
+    """Opens the run; all processes but the first only read."""
     return Run.open(path, recipe.name, dump_recipe(recipe), reporter, lead=lead)

@@ -12,7 +12,7 @@ from llmkit.launch.limits import checkpoint_bytes, seconds_in, warning_for
 from llmkit.launch.points import Point
 from llmkit.launch.target import Job, Resources, Submitted, Target, Work
 from llmkit.recipe.load import dump_recipe
-from llmkit.recipe.schema import STAGES, Launch, Recipe
+from llmkit.recipe.schema import STAGES, Recipe
 from llmkit.run.directory import Run
 from llmkit.stages.pipeline import stages_for
 
@@ -176,7 +176,8 @@ def write_jobs(target: Target, jobs: Sequence[Job], recipes: Sequence[tuple[Poin
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for point, recipe in recipes:
-            launched = recipe.model_copy(update={"launch": Launch(hang_after=recipe.launch.hang_after)})
+            launch = recipe.launch.model_copy(update={"gpus": None, "processes": None})
+            launched = recipe.model_copy(update={"launch": launch})
             write_atomically(folder / f"{point.name}.yaml", dump_recipe(launched))
         for job in jobs:
             write_atomically(target.place(job), target.script(job))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping
 
 from llmkit.errors import UsageError
 
@@ -39,6 +39,32 @@ def recognise(environment: MutableMapping[str, str] | None = None) -> None:
     env.setdefault("MASTER_PORT", str(_FIRST_PORT + (job * 31 + step) % _PORTS))
 
 
+def check_place(environment: Mapping[str, str] | None = None) -> None:
+    """Raises UsageError when what a launcher says of this process's place among others makes no sense."""
+    env = os.environ if environment is None else environment
+    numbers = {}
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT"):
+        if name in env:
+            if not env[name].isascii() or not env[name].isdigit():
+                raise _no_place(f"{name} is `{env[name]}`", "a whole number", name)
+            numbers[name] = int(env[name])
+    count, rank = numbers.get("WORLD_SIZE", 1), numbers.get("RANK", 0)
+    if not rank < count:
+        raise _no_place(
+            f"RANK is {rank}, and WORLD_SIZE {env.get('WORLD_SIZE', 'is not set')}", "ranks from 0 on", "RANK"
+        )
+    if not numbers.get("LOCAL_RANK", 0) < numbers.get("LOCAL_WORLD_SIZE", count) <= count:
+        got = ", ".join(f"{name} is {value}" for name, value in numbers.items() if name != "MASTER_PORT")
+        raise _no_place(got, "LOCAL_RANK below LOCAL_WORLD_SIZE, which is WORLD_SIZE at most", "LOCAL_RANK")
+    if count == 1:
+        return
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+        if not env.get(name):
+            raise _no_place(f"WORLD_SIZE is {count}, and {name} is not set", "all of them, or none", name)
+    if not 0 < numbers["MASTER_PORT"] < 2**16:
+        raise _no_place(f"MASTER_PORT is {numbers['MASTER_PORT']}", "a port from 1 to 65535", "MASTER_PORT")
+
+
 def first_host(nodes: str) -> str:
     """The first name of Slurm's `gpu[003-008,12],cpu1`. Raises ValueError."""
     name, end = "", 0
@@ -64,6 +90,17 @@ def tasks_per_node(text: str) -> list[int]:
             yield from [int(match[1])] * int(match[2] or 1)
 
     return list(counts())
+
+
+def _no_place(got: str, expected: str, where: str) -> UsageError:
+    return UsageError(
+        "the environment does not tell which of several processes this is",
+        got=got,
+        expected=expected,
+        hint="start it with torchrun, `accelerate launch` or srun, which set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and "
+        "MASTER_PORT; or unset them for one process",
+        where=where,
+    )
 
 
 def _no_step_of_srun(got: str) -> UsageError:

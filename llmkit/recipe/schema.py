@@ -233,7 +233,10 @@ class Launch(Section):
 
     gpus: int | None = Field(None, gt=0, description="one process for each; all there are when absent")
     processes: int | None = Field(None, gt=0, description="where there is no GPU; 1 when absent")
-    hang_after: Duration = Field("30min", description="without a step in any process, all are ended")
+    hang_after: Duration = Field(
+        "30min",
+        description="without a step, or without a word of a process, all end; more than a checkpoint takes to read",
+    )
     connect_within: Duration = Field("2min", description="so long processes wait for each other at the start")
 
     @model_validator(mode="after")

@@ -7,7 +7,7 @@ from llmkit.report.blocks import Block, Charts, Section, Table
 from llmkit.report.chart import Chart
 from llmkit.report.comparison import COSTS, Comparison, costs, losses, score_interval, scores, shown_value
 from llmkit.report.log import Curve
-from llmkit.report.page import render
+from llmkit.report.render import render
 from llmkit.report.words import DASH, duration, interval, listed, measure, number, title_of
 
 _CURVES = (

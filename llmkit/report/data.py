@@ -102,7 +102,7 @@ def _leaks(statistics: Mapping[str, Any]) -> list[Block]:
     ]
     if not rows:
         return []
-    columns = ("examples of", "held out exactly", "nearly", "share a passage", "held out, nearly all found")
+    columns = ("examples of", "held out too", "nearly so", "share a passage", "held-out examples found in pieces")
     return [Table("What training and held-out data have in common", columns, rows)]
 
 

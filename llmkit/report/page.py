@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from llmkit.errors import ResourceError
 from llmkit.files import write_atomically
 from llmkit.report.blocks import Section
 from llmkit.report.data import data_section
 from llmkit.report.examples import example_section
+from llmkit.report.folds import CROSSVAL, folds_html
+from llmkit.report.learning_curve import curve_section
 from llmkit.report.record import Record, read_record, reading
+from llmkit.report.render import render
 from llmkit.report.scores import error_section, score_section, slice_section
 from llmkit.report.summary import key_figures, states, what_was_done
 from llmkit.report.surroundings import cost_section, recipe_section, surroundings_section
@@ -24,6 +26,7 @@ _SECTIONS = (
     (example_section, "evaluate/predictions.jsonl"),
     (error_section, "evaluate/results.json"),
     (slice_section, "evaluate/results.json"),
+    (curve_section, "learning_curve.json"),
     (training_section, "metrics.jsonl"),
     (model_section, "freeze/freeze.json"),
     (data_section, "preprocess/statistics.json"),
@@ -34,13 +37,13 @@ _SECTIONS = (
 
 
 def write_report(run: Path, file: Path | None = None) -> Path:
-    """Writes the page of a run, into the run when no file is named.
+    """Writes the page of a run or a cross-validation, into its folder when no file is named.
 
     Raises UsageError when it is no run directory, ArtifactError when a file of it is damaged, and ResourceError when the
     page cannot be written.
     """
     target = file or run / REPORT
-    write_page(target, report_html(read_record(run)))
+    write_page(target, folds_html(run) if (run / CROSSVAL).is_file() else report_html(read_record(run)))
     return target
 
 
@@ -65,6 +68,7 @@ def report_html(record: Record) -> str:
     with reading(record.path / "run.json"):
         return render(
             "report.html.j2",
+            kind="run",
             title=record.name,
             sentence=what_was_done(record),
             states=states(record),
@@ -76,17 +80,3 @@ def report_html(record: Record) -> str:
 
 def _named(sections: Sequence[Section]) -> list[Section]:
     return [section for section in sections if section.blocks]
-
-
-def render(template: str, **values: Any) -> str:
-    """A template of this package with values, all of which are escaped."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    environment = Environment(
-        loader=PackageLoader("llmkit.report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template(template).render(values)

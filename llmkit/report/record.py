@@ -77,6 +77,12 @@ class Record:
         """Scores and all that belongs to them."""
         return self._json("evaluate", "results.json")
 
+    @cached_property
+    def learning_curve(self) -> dict[str, Any] | None:
+        """The scores by share of the training data, where `--learning-curve` made them."""
+        path = self.path / "learning_curve.json"
+        return _checked(path) if path.is_file() else None
+
     @property
     def predictions(self) -> Path | None:
         """The file with what each model said of each held-out example."""
@@ -106,21 +112,20 @@ class Record:
     def _json(self, stage: str, file: str) -> dict[str, Any] | None:
         """A file of a stage that is done, so that it belongs to what run.json says."""
         path = self.path / stage / file
-        if not self.is_done(stage) or not path.is_file():
-            return None
-        found: Any = read_json(path)
-        with reading(path):
-            return _mapping(found)
+        return _checked(path) if self.is_done(stage) and path.is_file() else None
 
 
 def read_record(path: Path) -> Record:
     """Opens a run directory to read. Raises UsageError when it is none, and ArtifactError when run.json is damaged."""
     if not (path / "run.json").is_file():
+        inside = sorted(found.parent for found in path.glob("*/run.json"))
         raise UsageError(
             "this is not a run directory",
-            got=path,
+            got=path if path.is_dir() else f"{path} is a file" if path.exists() else f"{path} does not exist",
             expected="a folder with a run.json, as `llmkit run` leaves one",
-            hint="a run lies in runs/NAME, or where -o said",
+            hint=f"there are runs in it, such as {inside[0]}"
+            if inside
+            else "a run lies in runs/NAME, or where -o said",
             where=path,
         )
     run = read_json(path / "run.json")
@@ -136,6 +141,12 @@ def read_record(path: Path) -> Record:
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise ArtifactError("the recipe of the run is damaged", got=error, expected="YAML", where=file) from None
     return Record(path, run, recipe if isinstance(recipe, dict) else {}, text)
+
+
+def _checked(path: Path) -> dict[str, Any]:
+    found: Any = read_json(path)
+    with reading(path):
+        return _mapping(found)
 
 
 def _mapping(value: Any) -> dict[str, Any]:

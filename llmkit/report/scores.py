@@ -13,7 +13,7 @@ from llmkit.report.record import Record
 from llmkit.report.verdict import BETTER, OPEN, WORSE, changes, headline_metric, verdict
 from llmkit.report.words import DASH, interval, listed, number, p_value, plural, signed, title_of
 
-_WORDS = {BETTER: "better", WORSE: "worse", OPEN: "cannot be told"}
+VERDICTS = {BETTER: "better", WORSE: "worse", OPEN: "not clear"}
 _MOST_LABELS = 30  # of a confusion matrix
 _MOST_SLICES = 24  # of a chart
 
@@ -52,7 +52,7 @@ def _scores(results: Mapping[str, Any], who: str) -> Table:
     rows, marks = [], {}
     for place, change in enumerate(changes(results, who)):
         bounds = [interval((intervals.get(one) or {}).get(change.metric)) for one in (who, "model")]
-        word = "the same" if change.is_same else _WORDS.get(change.verdict, DASH)
+        word = "the same" if change.is_same else VERDICTS.get(change.verdict, DASH)
         rows.append(
             [
                 title_of(change.metric),
@@ -64,7 +64,7 @@ def _scores(results: Mapping[str, Any], who: str) -> Table:
                 word,
             ]
         )
-        if change.verdict in _WORDS and not change.is_same:
+        if change.verdict in VERDICTS and not change.is_same:
             marks[place, 6] = change.verdict
     examples = plural(int(results.get("examples") or 0), "held-out example")
     columns = ("metric", name_of(who), "after", "difference", "95 % interval", "p", "verdict")

@@ -141,9 +141,6 @@ def key_figures(record: Record) -> list[Figure]:
     if statistics := record.statistics:
         train = (statistics.get("corpora") or {}).get("train") or {}
         if train:
-            found.append(
-                Figure(
-                    "training data", plural(int(train["examples"]), "example"), f"{short_count(train['tokens'])} tokens"
-                )
-            )
+            tokens = f"{short_count(train['tokens'])} tokens"
+            found.append(Figure("training examples", number(int(train["examples"])), tokens))
     return found

@@ -126,7 +126,11 @@ def _groups(record: Record) -> list[Block]:
     blocks: list[Block] = []
     for stage in TRAINING_STAGES:
         found: list[Any] = record.facts(stage).get("parameter_groups") or []
-        rows = [[str(row[0]), *(number(cell) for cell in row[1:])] for row in found if len(row) == 5]
+        rows = [
+            [str(row[0]), *map(number, row[1:3]), *(f"{cell:.3g}" for cell in row[3:])]
+            for row in found
+            if len(row) == 5
+        ]
         if rows:
             columns = ("group", "tensors", "parameters", "peak rate", "weight decay")
             blocks.append(Table(f"Parameter groups of {stage}", columns, rows))

@@ -15,6 +15,7 @@ _FIRST = {  # which metric speaks for a task
     "classify": ("accuracy", "f1", "loss"),
     "regress": ("rmse", "mae", "loss"),
 }
+_LEVEL = 0.05  # of p-values
 _FIRST_ELSE = ("loss", "perplexity")
 
 
@@ -82,15 +83,16 @@ def changes(results: Mapping[str, Any], who: str) -> list[Change]:
             continue
         entry = known.get(metric) or {}
         low, high, p = entry.get("low"), entry.get("high"), entry.get("p")
-        found.append(Change(metric, who, before, after, low, high, p, _judged(metric, after - before, low, high)))
+        found.append(Change(metric, who, before, after, low, high, p, judged(metric, after - before, low, high, p)))
     return found
 
 
-def _judged(metric: str, difference: float, low: float | None, high: float | None) -> str:
+def judged(metric: str, difference: float, low: float | None, high: float | None, p: float | None = None) -> str:
+    """What the interval and the p-value of a difference say: better, worse, open, or none where nothing can be said."""
     lower = lower_is_better(metric)
     if low is None or high is None:
         return NONE
-    if low <= 0 <= high:
+    if low <= 0 <= high or (p is not None and p >= _LEVEL):
         return OPEN
     if lower is None:
         return NONE
@@ -126,10 +128,14 @@ def verdict(record: Record) -> Verdict | None:
     head = next((change for change in found if change.metric == metric), None)
     if head is None:
         return Verdict(NONE, "Scored", f"The {name} over {examples} is {number(score)}; {against} has none.")
-    return _worded(head, found, name, against, examples)
+    return worded(head, found, name, against, examples)
 
 
-def _worded(head: Change, found: list[Change], name: str, against: str, examples: str) -> Verdict:
+def worded(head: Change, found: list[Change], name: str, against: str, examples: str) -> Verdict:
+    """The change of the metric that speaks, called `name`, over so many `examples`, and how the others went.
+
+    `found` is all changes, `against` what the model is held against.
+    """
     went = "rose" if head.difference > 0 else "fell"
     moved = f"from {number(head.before)} to {number(head.after)}"
     facts = f"over {examples} the {name} {went} {moved} against {against}: {head.words}."
@@ -142,11 +148,13 @@ def _worded(head: Change, found: list[Change], name: str, against: str, examples
     if head.verdict == WORSE:
         return Verdict(WORSE, "No, it got worse", facts[0].upper() + facts[1:], more, head)
     if head.verdict == OPEN:
+        between = head.low is not None and head.high is not None and head.low <= 0 <= head.high
+        why = "The interval contains zero" if between else "The p-value is not small"
         honest = (
-            f"The {name} went {moved} against {against}: {head.words}. The interval contains zero, so {examples} cannot "
-            "tell a difference from chance."
+            f"The {name} went {moved} against {against}: {head.words}. {why}, so {examples} cannot tell a difference "
         )
-        return Verdict(OPEN, "It cannot be told", honest, more, head)
+        honest += "from chance."
+        return Verdict(OPEN, "No clear difference", honest, more, head)
     if head.low is None:
         facts += " There is no interval, so that nothing tells how much of it may be chance."
     return Verdict(NONE, f"The {name} {went}", facts[0].upper() + facts[1:], more, head)
@@ -157,7 +165,7 @@ def _others_worded(found: list[Change]) -> str:
     counts = {
         "got better": sum(change.verdict == BETTER for change in found),
         "got worse": sum(change.verdict == WORSE for change in found),
-        "cannot be told from before": sum(change.verdict == OPEN and not change.is_same for change in found),
+        "may have changed by chance alone": sum(change.verdict == OPEN and not change.is_same for change in found),
         "stayed the same": sum(change.is_same for change in found),
     }
     parts = [f"{count} {said}" for said, count in counts.items() if count]

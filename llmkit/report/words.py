@@ -45,16 +45,17 @@ def number(value: Any) -> str:
         return str(value)
     if isinstance(value, int):
         return f"{value:,}".replace("-", MINUS)
+    digits = _decimals(value)
+    return (f"{value:.3g}" if digits is None else f"{value:,.{digits}f}").replace("-", MINUS)
+
+
+def _decimals(value: float) -> int | None:
+    """How many make four digits; None where the value is so small that it needs an exponent."""
     size = abs(value)
-    if size >= 10_000:
-        text = f"{value:,.0f}"
-    elif size >= 1:
-        text = f"{value:.{3 if size < 100 else 1}f}"
-    elif size >= 1e-3 or size == 0:
-        text = f"{value:.4f}"
-    else:
-        text = f"{value:.3g}"
-    return text.replace("-", MINUS)
+    for least, digits in ((1000, 0), (100, 1), (10, 2), (1, 3), (1e-3, 4)):
+        if size >= least:
+            return digits
+    return None if size else 4
 
 
 def signed(value: float | None) -> str:
@@ -66,10 +67,14 @@ def signed(value: float | None) -> str:
 
 
 def interval(bounds: Any) -> str:
-    """`0.81 to 0.89`; nothing where there is none."""
+    """`0.8100 to 0.8900`, both with the decimals of the larger; nothing where there is none."""
     if not isinstance(bounds, list | tuple) or len(bounds) != 2 or None in bounds:
         return ""
-    return f"{number(float(bounds[0]))} to {number(float(bounds[1]))}"
+    low, high = map(float, bounds)
+    digits = _decimals(max(low, high, key=abs))
+    if digits is None:
+        return f"{number(low)} to {number(high)}"
+    return f"{low:z,.{digits}f} to {high:z,.{digits}f}".replace("-", MINUS)
 
 
 def p_value(value: float | None) -> str:

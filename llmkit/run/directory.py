@@ -79,8 +79,9 @@ class Run:
         `lead` is False in the processes of a distributed run that only read. Raises UsageError when the directory
         belongs to another recipe or to something else, and ResourceError when it cannot be written or is in use.
         """
-        if not lead:
-            return cls(path, read_json(path / "run.json"), SilentReporter(), None)
+        if not lead:  # which may come before the one that makes it
+            known = read_json(path / "run.json") if (path / "run.json").exists() else {"stages": {}, "guesses": {}}
+            return cls(path, known, SilentReporter(), None)
         _refuse_foreign(path, name)
         try:
             path.mkdir(parents=True, exist_ok=True)

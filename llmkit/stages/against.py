@@ -5,18 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
+from llmkit.data.sources import files_of
 from llmkit.errors import RecipeError
 from llmkit.model.folder import VOCABULARIES, files_in
 from llmkit.model.loading import load_config, load_tokenizer
+from llmkit.model.location import locate
 from llmkit.recipe.schema import Recipe
 from llmkit.stages.base import upstream_models
 from llmkit.tasks.base import Task
 
 _CLASSIFIER = "ForSequenceClassification"
-_FIT = {  # by the task's class of Transformers
-    "AutoModelForCausalLM": ("CausalLM", "LMHead", "ConditionalGeneration"),
-    "AutoModelForSequenceClassification": (_CLASSIFIER,),
-}
+_CAUSAL = ("CausalLM", "LMHead", "ConditionalGeneration")  # in the names of classes
 _TAKEN = ("model", "models", "examples", "tables", "samples", "intervals", "differences", "slices", "data_sets", "gaps")
 
 
@@ -36,6 +35,23 @@ def others(recipe: Recipe) -> dict[str, str]:
     return found
 
 
+def require_others(recipe: Recipe, run: Path) -> None:
+    """Finds the models and data sets that evaluate needs besides those of the run; what the run makes may come later.
+
+    Raises ArtifactError for a model that is missing or damaged, and DataError for a data set.
+    """
+    for name, uri in others(recipe).items():
+        if name != "parent" and not _is_inside(uri, run):
+            locate(uri)
+    for uri in recipe.evaluate.data_sets.values():
+        if not _is_inside(uri, run):
+            files_of(uri)
+
+
+def _is_inside(uri: str, run: Path) -> bool:
+    return "://" not in uri and Path(uri).expanduser().resolve().is_relative_to(run.resolve())
+
+
 def _name(uri: str, taken: Iterable[str]) -> str:
     parts = [part for part in uri.removeprefix("pkg://").rstrip("/").split("/") if part]
     plain = [part for part in parts if part not in ("model", "finetune", "pretrain", "export", "transformers")]
@@ -50,19 +66,9 @@ def _name(uri: str, taken: Iterable[str]) -> str:
 def refuse_other_kinds(task: Task, uri: str, folder: Path) -> None:
     """Raises RecipeError for a model that has another task, other labels or another vocabulary than the examples."""
     config = load_config(folder)
-    architectures = list(config.architectures or [])
-    kind = task.auto_class
-    if task.shaped_by_data and any(_CLASSIFIER in name for name in architectures):
+    if task.shaped_by_data and any(_CLASSIFIER in name for name in config.architectures or []):
         _refuse_other_labels(task, uri, config)
-    elif architectures and not task.shaped_by_data and not any(name in " ".join(architectures) for name in _FIT[kind]):
-        raise RecipeError(
-            "a model to hold against has another task",
-            got=f"{uri}: {architectures[0]}",
-            expected="a model that predicts text"
-            if kind == "AutoModelForCausalLM"
-            else "a model that predicts numbers",
-            where="evaluate.against",
-        )
+    refuse_no_text(task, uri, folder, "a model to hold against", "evaluate.against")
     if not files_in(folder, VOCABULARIES):
         return
     theirs, ours = load_tokenizer(folder).get_vocab(), task.tokenizer.get_vocab()
@@ -74,6 +80,18 @@ def refuse_other_kinds(task: Task, uri: str, folder: Path) -> None:
             expected=f"the {len(ours):,} tokens of the model that is scored",
             hint=f"score it by itself, `llmkit evaluate {uri} --data ...`, and see both with `llmkit compare`",
             where="evaluate.against",
+        )
+
+
+def refuse_no_text(task: Task, uri: str, folder: Path, what: str, where: str) -> None:
+    """Raises RecipeError for a model that predicts no text where the task asks for it; other tasks' heads can be new."""
+    names = " ".join(load_config(folder).architectures or [])
+    if task.auto_class == "AutoModelForCausalLM" and "For" in names and not any(name in names for name in _CAUSAL):
+        raise RecipeError(
+            f"{what} has another task",
+            got=f"{uri}: {names}",
+            expected="a model that predicts text",
+            where=where,
         )
 
 

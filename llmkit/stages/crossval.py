@@ -26,7 +26,7 @@ from llmkit.stages.base import Stage
 
 CROSSVAL, CURVE, CURVE_RUNS = "crossval.json", "learning_curve.json", "learning-curve"
 _TRAINING = ("pretrain", "finetune")
-_NOT_A_FOLD = {CROSSVAL, "error.log"}
+_NOT_A_FOLD = {CROSSVAL, "error.log", "report.html"}
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class CrossValidation:
             return
         before = read_json(self.folder / CROSSVAL)
         mine = (self.recipe.name, self.folds)
-        if (before.get("name"), before.get("folds")) != mine:
+        if before.get("done") and (before.get("name"), before.get("folds")) != mine:
             raise UsageError(
                 "the folder holds another cross-validation",
                 got=f"`{mine[0]}` in {mine[1]} folds",
@@ -76,6 +76,11 @@ class CrossValidation:
     def run_of(self, fold: int) -> Path:
         """The run directory of a fold."""
         return self.folder / f"fold-{fold}"
+
+    def begin(self) -> None:
+        """Makes the folder this cross-validation's, unless folds of it are done."""
+        if not (self.folder / CROSSVAL).is_file() or not read_json(self.folder / CROSSVAL).get("done"):
+            self.write(0)
 
     def write(self, done: int) -> dict[str, Any]:
         """Writes what the first so many folds say, and gives it."""

@@ -22,7 +22,7 @@ from llmkit.model.location import locate
 from llmkit.model.precision import choose_precision, default_device
 from llmkit.recipe.schema import Recipe, result_keys
 from llmkit.run.directory import Artifact, Run
-from llmkit.stages.against import others, refuse_other_kinds
+from llmkit.stages.against import others, refuse_no_text, refuse_other_kinds
 from llmkit.stages.base import (
     corpus_in,
     model_before,
@@ -80,8 +80,8 @@ class Evaluate:
             "held out": corpora.get(_corpus_name(run)),
             "general text": corpora.get("general"),
             "model": model_content(recipe, run, self.name),
-            "against": {name: weights_digest(locate(uri)) for name, uri in others(recipe).items()},
-            "evaluate.data_sets": {name: source_digest(uri) for name, uri in keys.data_sets.items()},
+            "models to hold against": {name: weights_digest(locate(uri)) for name, uri in others(recipe).items()},
+            "further data sets": {name: source_digest(uri) for name, uri in keys.data_sets.items()},
         }
         if keys.train_sample:
             found["training data"] = corpora.get("pretrain" if _corpus_name(run) == "pretrain-eval" else "train")
@@ -230,9 +230,12 @@ def _work(models: Sequence[ScoredModel], data: Mapping[str, DataSet]) -> Iterato
 
 def _refuse_unfit(recipe: Recipe, run: Run) -> None:
     uris = {name: uri for name, uri in others(recipe).items() if name != "parent"}
-    corpus = corpus_in(run, _corpus_name(run)) if uris else None
+    given = None if upstream_models(recipe, "evaluate") else recipe.model
+    corpus = corpus_in(run, _corpus_name(run)) if uris or given else None
     if corpus is not None:
         task = _task(recipe, run, corpus)
+        if given:
+            refuse_no_text(task, given, locate(given), "the model", "model")
         for uri in uris.values():
             refuse_other_kinds(task, uri, locate(uri))
 

@@ -1,20 +1,19 @@
 """Runs stages in order; a stage whose inputs did not change is not run again, and it is said why or why not.
 
-In a distributed run (torchrun, `accelerate launch`) the first process decides and does what is not training; the others
+In a distributed run (torchrun, `accelerate launch`, srun) the first process decides and does what is not shared; the others
 wait for it between stages.
 """
 
 from __future__ import annotations
 
 import errno
-import os
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
+from functools import partial
 from types import FrameType
 from typing import Any
 
@@ -31,9 +30,8 @@ from llmkit.files import digest_json
 from llmkit.recipe.schema import STAGES, Recipe
 from llmkit.run.directory import Run
 from llmkit.stages.base import Stage
+from llmkit.stages.processes import Processes, losses_told, lost_process
 from llmkit.stages.tracking import send_scores
-
-_LONGEST_WAIT = timedelta(hours=12)
 
 
 @dataclass(frozen=True)
@@ -74,13 +72,13 @@ def run_stages(
     command of a stage that trains in processes of its own; all that is not training is done here, before and after.
     Raises what the stages raise, StoppedError and InterruptedByUserError. run.json says where things stand in any case.
     """
-    processes = _Processes()
     decisions = []
-    run.record |= {"seed": recipe.seed, "parent": recipe.model}
-    with _stop_by_signal(run.deadline):
+    with _stop_by_signal(run.deadline), losses_told():
+        processes = Processes(recipe, run)
+        run.record |= {"seed": recipe.seed, "parent": recipe.model}
         for name in stages_for(recipe, target):
             stage = _stage(name)
-            decision, inputs = processes.decide(lambda s=stage: _decide(s, recipe, run, target, resume, anyway))
+            decision, inputs = processes.decide(partial(_decide, stage, recipe, run, target, resume, anyway))
             decisions.append(decision)
             if not decision.runs:
                 run.reporter.stage(name, "unchanged", decision.why)
@@ -95,6 +93,8 @@ def run_stages(
                 run.start(name, inputs, keep=decision.resume)
             processes.meet(run)
             with _noting_failure(run, name):
+                if stage.distributed or stage.shares:
+                    processes.require_same(f"the inputs of {name}", partial(stage.inputs, recipe, run))
                 if stage.shares and processes.count > 1:
                     sharing: Any = stage
                     sharing.share(recipe, run, processes.number, processes.count)
@@ -105,6 +105,7 @@ def run_stages(
                 send_scores(recipe, run, artifact)
                 run.reporter.stage(name, "done", f"{time.monotonic() - started:.1f} s")
             processes.meet(run)
+        processes.part()
     return decisions
 
 
@@ -206,8 +207,8 @@ def _noting_failure(run: Run, name: str) -> Iterator[None]:
         run.note_state(name, error.kind)
         raise
     except Exception as error:
-        run.note_state(name, "failed")
-        lack = _lack_of_resources(error, name)
+        lack = lost_process(error) or _lack_of_resources(error, name)
+        run.note_state(name, "failed" if lack is None else lack.kind)
         if lack is None:
             raise
         raise lack from error
@@ -256,35 +257,3 @@ def _stop_by_signal(deadline: float | None) -> Iterator[None]:
         signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-class _Processes:
-    """The processes of a distributed run; of one when WORLD_SIZE says nothing else."""
-
-    def __init__(self) -> None:
-        self.count = int(os.environ.get("WORLD_SIZE", "1"))
-        self.number = int(os.environ.get("RANK", "0"))
-        self.lead = self.number == 0
-        if self.count > 1:
-            import torch
-            from accelerate import PartialState
-
-            # Accelerate brings several processes up on CPUs only when it is told that there is nothing else.
-            self._state = PartialState(cpu=not torch.cuda.is_available(), timeout=_LONGEST_WAIT)
-            assert self._state.num_processes == self.count, "Accelerate and the launcher count processes differently"
-
-    def decide(self, make: Any) -> Any:
-        """The first process's decision, in every process."""
-        made = make() if self.lead else None
-        if self.count == 1:
-            return made
-        from accelerate.utils import broadcast_object_list
-
-        return broadcast_object_list([made])[0]
-
-    def meet(self, run: Run) -> None:
-        """Waits for all, and lets the others see what the first has written."""
-        if self.count > 1:
-            self._state.wait_for_everyone()
-            if not self.lead:
-                run.reload()

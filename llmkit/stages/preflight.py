@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from llmkit.data.augment import build_augmentations
@@ -22,14 +23,18 @@ from llmkit.model.location import locate
 from llmkit.optim import build_optimizer, build_schedule
 from llmkit.recipe.schema import Recipe
 from llmkit.recipe.training import Training
+from llmkit.stages.against import require_others
 from llmkit.stages.base import adapter_rules, freeze_plan, task_class, within
 from llmkit.stages.benchmark_tasks import check_benchmarks
 from llmkit.stages.evaluate import wanted_metrics
 from llmkit.stages.training import rates_of
 
 
-def check_recipe(recipe: Recipe, stages: Sequence[str]) -> None:
-    """Raises RecipeError with every wrong filter, optimizer, schedule, metric and freeze rule of the stages to be run."""
+def check_recipe(recipe: Recipe, stages: Sequence[str], run: Path | None = None) -> None:
+    """Raises RecipeError with every wrong filter, optimizer, schedule, metric and freeze rule of the stages to be run.
+
+    With a run directory also ArtifactError and DataError, for other models and data sets to score that are missing.
+    """
     problems: list[Problem] = []
     for check in _checks(recipe, stages):
         try:
@@ -41,6 +46,8 @@ def check_recipe(recipe: Recipe, stages: Sequence[str]) -> None:
         raise RecipeError(
             one.what, got=one.got, expected=one.expected, hint=one.hint, where=one.where, problems=problems
         )
+    if "evaluate" in stages and run is not None:
+        require_others(recipe, run)
 
 
 def _checks(recipe: Recipe, stages: Sequence[str]) -> Iterator[Callable[[], Any]]:

@@ -65,7 +65,7 @@ def coverage(
 @pytest.mark.parametrize("count", [100, 300])
 @pytest.mark.parametrize("name", SIMULATIONS)
 def test_an_interval_of_95_percent_covers_the_truth_as_often(name: str, count: int) -> None:
-    assert 0.93 <= coverage(SIMULATIONS[name], count, 2000) <= 0.97
+    assert 0.93 <= coverage(SIMULATIONS[name], count, 1000, 500) <= 0.97
 
 
 @pytest.mark.parametrize("name", SIMULATIONS)

@@ -46,7 +46,7 @@ def test_a_page_has_all_parts_of_a_run(tmp_path: Path) -> None:
     assert "fine-tuned ./parent to classify texts (rows.jsonl, 40 steps, 3.6 k tokens)" in page.text
     assert "Yes, it got better" in page.text
     assert "+0.5000 (95 % interval of the difference 0.3900 to 0.6100, p < 0.001)" in page.text
-    assert "Of the 2 other metrics 1 got better and 1 cannot be told from before." in page.by_id("scores").text
+    assert "Of the 2 other metrics 1 got better and 1 may have changed by chance alone." in page.by_id("scores").text
     assert "F1: no interval: a label has no example." in page.by_id("scores").text
     assert "hellaswag" in page.by_id("scores").text
     assert "over-fitting, accuracy" in page.by_id("scores").text

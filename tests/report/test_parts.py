@@ -98,7 +98,7 @@ def test_losses_are_a_token_where_there_are_tokens_and_answers_are_preferred(tmp
     section = example_section(read_record(make_run(tmp_path, predictions=lines)))
     worst = section.blocks[-1]
     assert [example.title.split(",")[0] for example in worst.examples] == [f"Example {n}" for n in (11, 10, 9, 8)]
-    assert worst.examples[0].said[-1].note == "loss 12.000"
+    assert worst.examples[0].said[-1].note == "loss 12.00"
     assert worst.examples[0].said[-1].text == "said 11"
 
 
@@ -128,7 +128,7 @@ def test_common_parts_of_prompts_and_long_texts() -> None:
         (number(1234567), "1,234,567"),
         (number(-3), "−3"),
         (number(0.87654), "0.8765"),
-        (number(12.3456), "12.346"),
+        (number(12.3456), "12.35"),
         (number(123456.7), "123,457"),
         (number(2e-5), "2e−05"),
         (number(None), "–"),
@@ -136,6 +136,8 @@ def test_common_parts_of_prompts_and_long_texts() -> None:
         (signed(-0.5), "−0.5000"),
         (signed(0.0), "0.0000"),
         (interval([0.1, 0.2]), "0.1000 to 0.2000"),
+        (interval([2.371, 10.1028]), "2.37 to 10.10"),
+        (interval([-0.001, 12.0]), "0.00 to 12.00"),
         (interval([None, None]), ""),
         (interval(None), ""),
         (bytes_(3 << 30), "3.0 GiB"),

@@ -13,7 +13,9 @@ from llmkit.report.record import read_record
 from llmkit.report.verdict import Verdict, lower_is_better, verdict
 
 
-def judged(run: Path, before: float, after: float, bounds: Any, metric: str = "accuracy", **recipe: Any) -> Verdict:
+def judged(
+    run: Path, before: float, after: float, bounds: Any, metric: str = "accuracy", p: float = 0.001, **recipe: Any
+) -> Verdict:
     """The verdict on one metric with an interval of the difference."""
     results = {
         "model": {metric: after},
@@ -21,7 +23,13 @@ def judged(run: Path, before: float, after: float, bounds: Any, metric: str = "a
         "models": ["model", "parent"],
         "examples": 100,
         "differences": {
-            "parent": {metric: dict(zip(("low", "high", "p"), (*bounds, 0.2), strict=True))} if bounds else {}
+            "parent": {
+                metric: dict(
+                    zip(("low", "high", "p"), (*bounds, 0.2 if bounds[0] <= 0 <= bounds[1] else p), strict=True)
+                )
+            }
+            if bounds
+            else {}
         },
     }
     found = verdict(read_record(make_run(run, results=results, recipe=RECIPE | recipe)))
@@ -51,7 +59,7 @@ def test_the_kind_of_verdict(metric: str, before: float, after: float, bounds: A
 
 def test_an_interval_with_zero_in_it_is_said_to_tell_nothing(tmp_path: Path) -> None:
     found = judged(tmp_path, 0.80, 0.82, (-0.01, 0.05))
-    assert found.word == "It cannot be told"
+    assert found.word == "No clear difference"
     assert (
         "The interval contains zero, so 100 held-out examples cannot tell a difference from chance." in found.sentence
     )

@@ -1,0 +1,139 @@
+"""How the processes of a distributed run find each other, in bounded time, and what is said when they do not."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import threading
+import time
+from collections.abc import Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from llmkit.errors import ResourceError
+
+
+def connect(within: float, recipe: Mapping[str, Any], folder: Path | None) -> tuple[list[Any], Any, Any]:
+    """Starts Accelerate's process group once all processes have come, in `within` seconds, and are found to fit together.
+
+    Gives the facts of each, this one's device, and a group to talk in on CPUs. Raises ResourceError.
+    """
+    import torch
+    from accelerate import PartialState
+    from torch import distributed
+
+    from llmkit.stages.probe import compare_all
+
+    limit = timedelta(seconds=within)
+    rank, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    address = _first_process(time.monotonic() + within, rank)
+    store = _store(address, within)
+    _choose_interface(address)
+    found = compare_all(store, rank, count, recipe, folder, limit)
+    # Accelerate brings several processes up on CPUs only when it is told that there is nothing else.
+    cpu = not torch.cuda.is_available()
+    state = PartialState(cpu=cpu, store=store, rank=rank, world_size=count, timeout=limit)
+    assert state.num_processes == count, "Accelerate and the launcher count processes differently"
+    group = None if cpu else distributed.new_group(backend="gloo", timeout=limit)
+    return found, state.device, group
+
+
+def _first_process(until: float, rank: int) -> tuple[str, int]:
+    """The address of the first process, which any other waits for. Raises ResourceError when it does not answer in time."""
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    started = time.monotonic()
+    try:
+        socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except OSError as error:
+        raise ResourceError(
+            "the host of the first process is not known",
+            got=f"{host}: {error.strerror}",
+            hint="set MASTER_ADDR to a name or an address of it that this host knows",
+            where="MASTER_ADDR",
+        ) from None
+    while rank:
+        try:
+            with socket.create_connection((host, port), timeout=max(0.1, min(5.0, until - time.monotonic()))):
+                break
+        except OSError as error:
+            if time.monotonic() > until:
+                raise _no_answer(f"{host}:{port}: {error.strerror or error}", time.monotonic() - started) from None
+            time.sleep(0.2)
+    return host, port
+
+
+def _store(address: tuple[str, int], within: float) -> Any:
+    """The store through which processes find each other.
+
+    It is waited for in a thread, as PyTorch waits for ever for a stranger at that port, deaf to signals.
+    """
+    from torch import distributed
+
+    found: list[Any] = []
+
+    def ask() -> None:
+        try:
+            found.append(next(distributed.rendezvous("env://", timeout=timedelta(seconds=within)))[0])
+        except Exception as error:
+            found.append(error)
+
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    until = time.monotonic() + within + 10
+    while asking.is_alive() and time.monotonic() < until:
+        asking.join(0.5)
+    shown = f"{address[0]}:{address[1]}"
+    if not found:
+        raise _no_answer(f"something else at {shown}", within)
+    if not isinstance(found[0], Exception):
+        return found[0]
+    words = in_short(found[0])
+    if "EADDRINUSE" in words:
+        raise ResourceError(
+            "the port of the first process is in use",
+            got=shown,
+            hint="another training may run on this host: set MASTER_PORT to a free port, the same for all processes",
+            where="MASTER_PORT",
+        ) from found[0]
+    if "clients joined" in words:
+        raise ResourceError(
+            "not all processes have come",
+            got=words,
+            expected=f"{os.environ['WORLD_SIZE']} of them, as WORLD_SIZE says, within {within:.0f} s (launch.connect_within)",
+            hint=f"look at the logs of the others: do they run, and do they reach {shown}?",
+        ) from found[0]
+    raise _no_answer(f"{shown}: {words}", within) from found[0]
+
+
+def _no_answer(got: str, seconds: float) -> ResourceError:
+    return ResourceError(
+        "the first process does not answer",
+        got=f"{got}, after {seconds:.0f} s",
+        expected="an answer within launch.connect_within",
+        hint="MASTER_ADDR and MASTER_PORT name its host and a free port there: does it run, and does this host reach it?",
+    )
+
+
+def _choose_interface(address: tuple[str, int]) -> None:
+    """Has gloo use the network that leads to the first process, not the one that this host's own name happens to mean."""
+    if "GLOO_SOCKET_IFNAME" in os.environ:
+        return
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asked:  # sends nothing
+        try:
+            asked.connect(address)
+        except OSError:  # it has no IPv4 address
+            return
+        own = asked.getsockname()[0]
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(each.address == own for each in addresses):
+            os.environ["GLOO_SOCKET_IFNAME"] = name
+
+
+def in_short(error: Exception) -> str:
+    """A library's words without the place in its source, and without advice."""
+    first = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    return re.sub(r"^\[\S+:\d+\] ", "", first).partition(". This is typically")[0]

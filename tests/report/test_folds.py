@@ -1,0 +1,117 @@
+"""The page of a cross-validation, and the section of a learning curve."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pages import Element, read_page
+from run_directories import RESULTS, make_run
+
+from llmkit.errors import ArtifactError, UsageError
+from llmkit.report.page import write_report
+from llmkit.stages.crossval import over_folds
+
+ACCURACIES = (0.85, 0.9, 0.92)
+
+
+def make_folds(folder: Path, *, done: int = 3, alone: bool = False) -> Path:
+    """Three folds, of which some are done, as `llmkit crossval` leaves them; `alone` without a parent."""
+    runs: list[dict[str, Any]] = []
+    for fold, accuracy in enumerate(ACCURACIES[:done], 1):
+        scores = {"model": {"accuracy": accuracy, "loss": 1 - accuracy}}
+        intervals = {"model": {"accuracy": [accuracy - 0.05, accuracy + 0.05]}}
+        if not alone:
+            scores["parent"] = {"accuracy": 0.4, "loss": 1.1}
+        make_run(folder / f"fold-{fold}")
+        run = {"fold": fold, "run": f"fold-{fold}", "examples": 100, "train_examples": 200, "seconds": 7.5}
+        runs.append(run | {"scores": scores, "intervals": intervals})
+    found: dict[str, Any] = {"name": "animals", "folds": 3, "done": done, "written": "", "runs": runs}
+    found |= over_folds([run["scores"] for run in runs]) if done > 1 else {}
+    folder.mkdir(exist_ok=True)
+    (folder / "crossval.json").write_text(json.dumps(found))
+    return folder
+
+
+def page_at(folder: Path) -> Element:
+    return read_page(write_report(folder).read_text(encoding="utf-8"))
+
+
+def test_the_page_of_a_cross_validation(tmp_path: Path) -> None:
+    folder = make_folds(tmp_path)
+    page = page_at(folder)
+    assert (folder / "report.html").is_file()
+    said = (
+        "3 models trained from ./parent, each scored on the part of the data that it did not learn from: 300 examples"
+    )
+    assert said in page.text
+    assert "Yes, it got better" in page.text
+    assert "Over 3 folds the mean accuracy rose from 0.4000 to 0.8900 against its parent: +0.4900" in page.text
+    scores = page.by_id("scores").text
+    assert "accuracy 0.8500 0.9000 0.9200 0.8900 0.0361" in scores
+    assert "fold 1: before 0.4000, after 0.8500" in scores
+    assert "mean: before 0.4000, after 0.8900" in scores
+    assert "are rough ones" in scores
+    assert "fold 2 fold-2/report.html 100 200 7.5 s" in page.by_id("folds").text
+    assert f"llmkit crossval {folder}/fold-1/recipe.yaml --folds 3" in page.by_id("again").text
+
+
+def test_folds_that_are_not_done(tmp_path: Path) -> None:
+    assert "None of the 3 folds is done yet." in page_at(make_folds(tmp_path / "none", done=0)).text
+    one = page_at(make_folds(tmp_path / "one", done=1)).text
+    assert "1 of 3 folds are done" in one
+    assert "fold 1 done fold 2 not begun fold 3 not begun" in one
+    two = make_folds(tmp_path / "two", done=2)
+    make_run(two / "fold-3")
+    assert "fold 2 done fold 3 begun" in page_at(two).text
+
+
+def test_folds_without_another_model(tmp_path: Path) -> None:
+    text = page_at(make_folds(tmp_path, alone=True)).text
+    assert "The mean accuracy over 3 folds is 0.8900 (95 % interval" in text
+    assert "held against no other model" in text
+
+
+def test_a_damaged_cross_validation_is_named(tmp_path: Path) -> None:
+    folder = make_folds(tmp_path)
+    (folder / "crossval.json").write_text('{"name": "animals"}')
+    with pytest.raises(ArtifactError) as caught:
+        write_report(folder)
+    assert "crossval.json" in str(caught.value.where)
+
+
+def test_a_folder_of_runs_is_no_run(tmp_path: Path) -> None:
+    make_run(tmp_path / "mine")
+    with pytest.raises(UsageError) as caught:
+        write_report(tmp_path)
+    assert f"{tmp_path}/mine" in str(caught.value.hint)
+
+
+def curve(**scores_at_the_end: float) -> dict[str, Any]:
+    points = [
+        {"share": "50%", "run": "learning-curve/share-50", "train_examples": 50, "seconds": 3.0}
+        | {"scores": {"accuracy": 0.7}, "intervals": {"accuracy": [0.6, 0.8]}},
+        {"share": "100%", "run": ".", "train_examples": 100, "seconds": 4.0}
+        | {"scores": RESULTS["model"] | scores_at_the_end, "intervals": {"accuracy": [0.83, 0.95]}},
+    ]
+    before = {"scores": RESULTS["parent"], "intervals": RESULTS["intervals"]["parent"]}
+    return {"name": "animals", "examples": 100, "points": points, "before": before}
+
+
+def test_a_run_with_a_learning_curve(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    assert "learning-curve" not in [section.attributes["id"] for section in page_at(run).all("section")]
+    (run / "learning_curve.json").write_text(json.dumps(curve()))
+    text = page_at(run).by_id("learning-curve").text
+    assert "0.7000 with 50 examples; 0.9000 with 100 examples; 0.4000 before training." in text
+    assert "training examples 0 50 100" in text
+    assert "accuracy 0.4000 (0.3100 to 0.5000) 0.7000 (0.6000 to 0.8000) 0.9000 (0.8300 to 0.9500)" in text
+    assert "learnt anew" not in text
+
+
+def test_a_learning_curve_of_an_earlier_model_says_so(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    (run / "learning_curve.json").write_text(json.dumps(curve(accuracy=0.91)))
+    assert "The run has learnt anew since this curve was made" in page_at(run).by_id("learning-curve").text
