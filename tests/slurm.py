@@ -54,7 +54,7 @@ GresTypes=gpu
 SlurmdParameters=config_overrides
 SchedulerParameters=sched_interval=1,sched_min_interval=0,batch_sched_delay=0,bf_interval=1
 FirstJobId={first_job}
-KillWait=5
+KillWait=60
 KillOnBadExit=1
 {nodes}PartitionName=gpu Nodes=127.0.0.[1-2] Default=YES MaxTime=1:00:00 State=UP
 PartitionName=cpu Nodes=127.0.0.2 MaxTime=1:00:00 State=UP
@@ -94,7 +94,7 @@ def _apt_get() -> None:
 
 
 @contextmanager
-def slurm(seconds: float = 60) -> Iterator[dict[str, str]]:
+def slurm(seconds: float = 300) -> Iterator[dict[str, str]]:
     """A cluster while entered; gives the environment that Slurm's commands need to find it. Raises NoSlurm."""
     lacking = missing()
     if lacking:
@@ -170,7 +170,7 @@ def _end_with_parent() -> None:
 def _end(process: subprocess.Popen[bytes]) -> None:
     process.terminate()
     try:
-        process.wait(10)
+        process.wait(60)
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
@@ -178,8 +178,8 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 def _end_jobs(env: dict[str, str]) -> None:
     """Cancels all jobs and waits for them: their processes are not children of ours."""
-    subprocess.run(["scancel", "--user", str(os.geteuid())], env=env, capture_output=True, timeout=30)
-    deadline = time.monotonic() + 30
+    subprocess.run(["scancel", "--user", str(os.geteuid())], env=env, capture_output=True, timeout=120)
+    deadline = time.monotonic() + 120
     while time.monotonic() < deadline and _said(env, "squeue", "--noheader"):
         time.sleep(0.2)
 
@@ -190,7 +190,7 @@ def _idle(env: dict[str, str]) -> int:
 
 def _said(env: dict[str, str], *command: str) -> str:
     try:
-        return subprocess.run(command, env=env, capture_output=True, text=True, timeout=10).stdout.strip()
+        return subprocess.run(command, env=env, capture_output=True, text=True, timeout=60).stdout.strip()
     except subprocess.TimeoutExpired:
         return ""
 

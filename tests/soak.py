@@ -31,22 +31,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tests.forked import PRELOADED
+
 os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "NO_COLOR": "1"}
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
-_PRELOADED = (
-    *("accelerate", "transformers.models.llama.modeling_llama", "transformers.models.gpt2.modeling_gpt2", "peft"),
-    *(f"llmkit.stages.{name}" for name in ("preprocess", "pretrain", "freeze", "finetune", "evaluate", "export")),
-    *(f"llmkit.{name}" for name in ("cli.app", "cli.stages", "cli.recipes", "cli.console", "stages.pipeline")),
-    *(f"llmkit.tasks.{name}" for name in ("text", "chat", "classify")),
-    *("sacrebleu", "sklearn.metrics", "torch.distributed", "transformers.masking_utils"),
-)
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 _CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.truncate", "os.symlink")
 _OF_THE_TIME = re.compile("second|memory|time|created|started")  # what is never the same
 _PARTS = ("weights.safetensors", "optimizer.safetensors", "best.safetensors", "state.json", "manifest.json")
 _LEFT_OVER = re.compile(r"(^|/)\.[^/]*\.\d+\.tmp$")
-_LONGEST_LIFE = 300.0  # seconds
+_LONGEST_LIFE = 900.0  # seconds
 
 ROWS, SPIKED, LABELS, TEXTS = "rows.jsonl", "spiked.jsonl", "labels.jsonl", "texts.jsonl"
 OFTEN = {"save_every": 1, "log_every": 1, "trackers": [], "lr": 1e-3, "batch_size": 8, "warmup": 2}
@@ -512,7 +507,7 @@ def prepare(folder: Path) -> None:
         os._exit(0)
     if os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]):
         raise SystemExit("the inputs of the soak could not be made")
-    for name in _PRELOADED:
+    for name in PRELOADED:
         importlib.import_module(name)
 
 

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Cli, Outcome
+from conftest import Cli, Outcome, write_chat_rows
 from faults import flip, last_json, limited, on_small_disk
+from forked import llmkit
 
 from llmkit.run.checkpoint import checked_manifest, published, step_of
 from llmkit.run.directory import Run
@@ -55,12 +56,22 @@ def at_step(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[], Any]
     return arrange
 
 
+@pytest.fixture(scope="module")
+def whole(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the command leaves when nothing happens."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    settings = [word for setting in SETTINGS for word in ("--set", setting)]
+    rows = write_chat_rows(folder / "chat.jsonl")
+    process = llmkit("finetune", "-m", tiny_llama, "-d", rows, "-o", folder / "run", *settings)
+    assert process.wait() == 0, process.err
+    return folder / "run"
+
+
 def goes_on(command: Command, run: Path, whole: Path) -> None:
     """The same command, and what an undisturbed run leaves."""
     again = command(run)
     assert again.code == 0, again.out
     assert "going on after step" in again.err
-    assert command(whole).code == 0
     weights = [(folder / "finetune" / "model" / "model.safetensors").read_bytes() for folder in (run, whole)]
     assert weights[0] == weights[1]
     logs = [
@@ -94,17 +105,17 @@ CHANGES: dict[str, Callable[[Path], Any]] = {
 @pytest.mark.parametrize("name", CHANGES)
 @pytest.mark.parametrize("file", ["train/input_ids.bin", "train/input_ids.offsets.bin", "eval/input_ids.bin"])
 def test_a_corpus_file_that_changes_while_it_is_learnt_from(
-    command: Command, at_step: Callable[..., None], tmp_path: Path, name: str, file: str
+    command: Command, at_step: Callable[..., None], tmp_path: Path, name: str, file: str, whole: Path
 ) -> None:
     run = tmp_path / "run"
     at_step(7, lambda: CHANGES[name](run / "preprocess" / file))
     ended = command(run)
     check_ended(ended, 4, "artifact", run, "a corpus file changed while it was in use", file)
-    goes_on(command, run, tmp_path / "whole")
+    goes_on(command, run, whole)
 
 
 def test_a_corpus_that_changed_between_two_lives_is_made_again(
-    command: Command, at_step: Callable[..., None], tmp_path: Path
+    command: Command, at_step: Callable[..., None], tmp_path: Path, whole: Path
 ) -> None:
     run = tmp_path / "run"
 
@@ -115,11 +126,11 @@ def test_a_corpus_that_changed_between_two_lives_is_made_again(
     check_ended(command(run), 5, "resource", run, "there is not enough memory")
     flip(run / "preprocess" / "train" / "input_ids.bin")
     (run / "preprocess" / "eval" / "input_ids.bin").unlink()
-    goes_on(command, run, tmp_path / "whole")
+    goes_on(command, run, whole)
 
 
 def test_the_data_file_changes_between_two_lives(
-    command: Command, at_step: Callable[..., None], tmp_path: Path, chat_rows: Path
+    command: Command, at_step: Callable[..., None], tmp_path: Path, chat_rows: Path, whole: Path
 ) -> None:
     """Its rows are other inputs: that is said, and nothing is taken silently."""
     run, before = tmp_path / "run", chat_rows.read_text()
@@ -134,22 +145,24 @@ def test_the_data_file_changes_between_two_lives(
     assert refused.code == 2, refused.out
     assert "the corpus" in refused.json["got"]
     chat_rows.write_text(before)
-    goes_on(command, run, tmp_path / "whole")
+    goes_on(command, run, whole)
 
 
 @pytest.mark.parametrize(
     "error", [MemoryError("out of memory"), RuntimeError("can't allocate memory: you tried 1 EiB")]
 )
-def test_out_of_memory(command: Command, at_step: Callable[..., None], tmp_path: Path, error: Exception) -> None:
+def test_out_of_memory(
+    command: Command, at_step: Callable[..., None], tmp_path: Path, error: Exception, whole: Path
+) -> None:
     def die() -> None:
         raise error
 
     at_step(7, die)
     check_ended(command(tmp_path / "run"), 5, "resource", tmp_path / "run", "there is not enough memory")
-    goes_on(command, tmp_path / "run", tmp_path / "whole")
+    goes_on(command, tmp_path / "run", whole)
 
 
-def test_out_of_file_handles(command: Command, at_step: Callable[..., None], tmp_path: Path) -> None:
+def test_out_of_file_handles(command: Command, at_step: Callable[..., None], tmp_path: Path, whole: Path) -> None:
     """A limit of the system, reached in the middle of training: it ends, or waits it out, and loses nothing."""
     run = tmp_path / "run"
     used = max(int(name) for name in os.listdir("/proc/self/fd")) + 1  # noqa: PTH208
@@ -173,10 +186,12 @@ def test_out_of_file_handles(command: Command, at_step: Callable[..., None], tmp
         limit.__exit__(None, None, None)
     check_ended(ended, 5, "resource", run)
     assert step_of(published(run / "finetune" / "checkpoints")[0]) >= 4
-    goes_on(command, run, tmp_path / "whole")
+    goes_on(command, run, whole)
 
 
-def test_the_log_is_cut_in_the_middle_of_a_line(command: Command, at_step: Callable[..., None], tmp_path: Path) -> None:
+def test_the_log_is_cut_in_the_middle_of_a_line(
+    command: Command, at_step: Callable[..., None], tmp_path: Path, whole: Path
+) -> None:
     run = tmp_path / "run"
 
     def die() -> None:
@@ -186,7 +201,7 @@ def test_the_log_is_cut_in_the_middle_of_a_line(command: Command, at_step: Calla
     assert command(run).code == 5
     log = run / "metrics.jsonl"
     log.write_bytes(log.read_bytes()[:-17])
-    goes_on(command, run, tmp_path / "whole")
+    goes_on(command, run, whole)
 
 
 def test_a_lock_of_a_process_that_is_gone_is_no_lock(tmp_path: Path) -> None:
@@ -231,7 +246,8 @@ def test_a_disk_that_fills_up_in_mid_save(tiny_llama: Path, chat_rows: Path, tmp
     disk, log, saved = tmp_path / "disk", tmp_path / "log", tmp_path / "saved"
     fill = (
         f'({LLMKIT} "$@" > "{log}.out" 2> "{log}.err"; echo $? > "{log}.code") & '
-        f'while [ "$(wc -l < {disk}/run/metrics.jsonl 2>/dev/null || echo 0)" -lt 40 ]; do sleep 0.02; done; '
+        f'while [ ! -s "{log}.code" ] && [ "$(wc -l < {disk}/run/metrics.jsonl 2>/dev/null || echo 0)" -lt 40 ]; '
+        "do sleep 0.02; done; "
         f'while [ ! -s "{log}.code" ]; do cat /dev/zero > {disk}/filler 2>/dev/null; dd if=/dev/zero of={disk}/filler.2 '
         f"bs=100 count=100 2>/dev/null; sleep 0.02; done; wait; "
         f'rm {disk}/filler {disk}/filler.2; cp -r {disk}/run "{saved}"'
@@ -292,7 +308,8 @@ def test_the_checkpoints_become_read_only_while_training(tiny_llama: Path, chat_
     place = disk / "run" / "finetune" / "checkpoints"
     script = (
         f'({LLMKIT} "$@" > "{log}.out" 2> "{log}.err"; echo $? > "{log}.code") & '
-        f'while [ "$(wc -l < {disk}/run/metrics.jsonl 2>/dev/null || echo 0)" -lt 40 ]; do sleep 0.02; done; '
+        f'while [ ! -s "{log}.code" ] && [ "$(wc -l < {disk}/run/metrics.jsonl 2>/dev/null || echo 0)" -lt 40 ]; '
+        "do sleep 0.02; done; "
         f'mount --bind {place} {place} && mount -o remount,bind,ro {place}; wait; cp -r {disk}/run "{saved}"'
     )
     long = ("finetune.steps=100000", "finetune.eval_every=null", "finetune.save_every=20")

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from conftest import Cli, Outcome
+from forked import LONG
 
 from llmkit.run.log import read_metrics
 
@@ -144,18 +145,18 @@ def test_a_stage_that_does_not_train_stops_too(
 @pytest.mark.slow
 def test_a_process_that_is_terminated_saves_and_goes_on(command: tuple[object, ...], cli: Cli, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    words = [str(word).replace("finetune.steps=12", "finetune.steps=3000") for word in command]
+    words = [str(word).replace("finetune.steps=12", "finetune.steps=100000") for word in command]
     process = subprocess.Popen(
         [sys.executable, "-m", "llmkit", *words, "-o", run, "--json"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + LONG
     while len(read_metrics(run / "metrics.jsonl")) < 20 and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=LONG)
     check_stopped(Outcome(process.returncode, out, err), 75, "stopped", run)
     reached = read_metrics(run / "metrics.jsonl")[-1]["step"]
     short = (*words, "-o", run)
@@ -163,4 +164,4 @@ def test_a_process_that_is_terminated_saves_and_goes_on(command: tuple[object, .
         signal_after(reached + 5, signal.SIGTERM, patch)
         again = cli(*short)
     assert again.code == 75
-    assert f"going on after step {reached} of 3000" in again.err
+    assert f"going on after step {reached} of 100000" in again.err

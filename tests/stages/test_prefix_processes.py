@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from forked import llmkit, ranks, wait_for_all
 
 from llmkit.data.states import States
 
@@ -24,23 +25,29 @@ SETTINGS = (
 )
 
 
-def finetune(processes: int, model: Path, rows: Path, folder: Path, *more: str) -> tuple[dict[str, Any], str]:
+def finetune(
+    processes: int, model: Path, rows: Path, folder: Path, *, torchrun: bool = False
+) -> tuple[dict[str, Any], str]:
     """What a fine-tuning measured and said."""
-    options = [word for setting in (*SETTINGS, *more) for word in ("--set", setting)]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    command += ["-m", "llmkit", "finetune", "--model", str(model), "--data", str(rows), "-o", str(folder), "--json"]
-    environment = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    environment |= {"XDG_CACHE_HOME": str(folder.parent / f"cache-{processes}")}
-    done = subprocess.run(
-        [*command, *options], env=os.environ | environment, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])["metrics"], done.stderr
+    words = ["finetune", "--model", str(model), "--data", str(rows), "-o", str(folder), "--json"]
+    words += [word for setting in SETTINGS for word in ("--set", setting)]
+    cache = {"XDG_CACHE_HOME": str(folder.parent / f"cache-{processes}")}
+    if torchrun:
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""} | cache
+        done = subprocess.run([*command, "-m", "llmkit", *words], env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+        out, err = done.stdout, done.stderr
+    else:
+        started = [llmkit(*words, env=place | cache) for place in (ranks(processes) if processes > 1 else [{}])]
+        wait_for_all(started)
+        out, err = started[0].out, "".join(process.err for process in started)
+    return json.loads(out.splitlines()[-1])["metrics"], err
 
 
 def test_two_processes_keep_states_together(tiny_llama: Path, chat_rows: Path, tmp_path: Path) -> None:
     alone, _ = finetune(1, tiny_llama, chat_rows, tmp_path / "one")
-    both, said = finetune(2, tiny_llama, chat_rows, tmp_path / "two")
+    both, said = finetune(2, tiny_llama, chat_rows, tmp_path / "two", torchrun=True)
     assert "the states of the training data took" in said
     assert both["eval_loss"] == pytest.approx(alone["eval_loss"], abs=1e-5)
     for folder in (tmp_path / "cache-2" / "llmkit" / "prefix").iterdir():

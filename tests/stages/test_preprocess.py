@@ -7,9 +7,6 @@ import multiprocessing
 import os
 import random
 import signal
-import subprocess
-import sys
-import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -17,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import forked
 import numpy as np
 import psutil
 import pytest
@@ -174,7 +172,7 @@ def test_a_large_file_is_cut_and_the_corpora_are_the_same_bytes(
 ) -> None:
     """As a user has it: nothing is told of pieces or processes."""
     train = write_rows(
-        tmp_path / "large.jsonl", ({"text": f"{number} " + story(number, 40) * 60} for number in range(1600))
+        tmp_path / "large.jsonl", ({"text": f"{number} " + story(number, 40) * 60} for number in range(1200))
     )
     assert len(pieces_of(str(train))) > 1
     for count in (1, 2):
@@ -277,20 +275,12 @@ def test_stopped_by_a_signal_it_leaves_no_process_and_goes_on(
     check_goes_on(tmp_path / "run", preprocess, settings, monkeypatch)
 
 
-KILLED = """
-import signal, sys
-sys.path[:0] = {folders!r}
-from test_preprocess import encoding, gather, pytest, small_pieces, stop_after
-
-if __name__ == "__main__":
-    from llmkit.cli.app import main
-
+def preprocess_until_killed(module: str, *words: str) -> None:
+    """In a process of its own: dies when three tasks have come back."""
     patch = pytest.MonkeyPatch()
     small_pieces(patch)
-    stop_after({{"gather": gather, "encoding": encoding}}[sys.argv[1]], 3, signal.SIGKILL, patch)
-    sys.argv = ["llmkit", *sys.argv[2:]]
-    main()
-"""
+    stop_after({"gather": gather, "encoding": encoding}[module], 3, signal.SIGKILL, patch)
+    forked.command(*words)
 
 
 @pytest.mark.parametrize("module", ["gather", pytest.param("encoding", marks=pytest.mark.slow)])
@@ -298,23 +288,12 @@ def test_killed_half_way_it_goes_on_and_its_processes_end(
     module: str, preprocess: Preprocess, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = {"train": many_files(tmp_path / "data", stories(120), 8), "workers": 2, "eval": None}
-    script, run, mark = tmp_path / "killed.py", tmp_path / "run", uuid.uuid4().hex
-    tests = Path(__file__).parent
-    script.write_text(KILLED.format(folders=[str(tests), str(tests.parent)]))
-    ended = subprocess.run(
-        [sys.executable, script, module, *command(tiny_llama, run, **settings)],
-        env=os.environ | {"LLMKIT_TEST": mark},
-        stderr=subprocess.PIPE,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert ended.returncode == -signal.SIGKILL, ended.stderr
+    run, mark = tmp_path / "run", uuid.uuid4().hex
+    words = command(tiny_llama, run, **settings)
+    ended = forked.start(preprocess_until_killed, module, *words, env={"LLMKIT_TEST": mark})
+    assert ended.wait() == -signal.SIGKILL, ended.err
     assert state(run) == "running"
-    deadline = time.monotonic() + 20
-    while marked_with(mark) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert marked_with(mark) == []
+    forked.wait_until(lambda: not marked_with(mark))
     finished = len({Path(name).parent for name in shards(run)})
     assert finished - (0 if module == "gather" else 8) in (3, 4, 5)
     small_pieces(monkeypatch)

@@ -1,4 +1,4 @@
-"""Run by torchrun in test_sharding.py and test_local.py: trainings one after the other, whose outcome each process writes."""
+"""Run by torchrun in test_sharding.py and test_local_steps.py: trainings one after another, each outcome written."""
 
 from __future__ import annotations
 

@@ -283,7 +283,7 @@ def test_it_is_refused_by_name_and_the_one_before_is_used(
     HOSTILE[name](path)
     warnings: list[str] = []
     fit = make_fit(tmp_path / "fit", *corpora, warn=warnings.append, **WAY)
-    with at_most(20):
+    with at_most(120):
         assert fit.resume()
     assert fit.state.step == 3
     assert len(warnings) == 1

@@ -1,4 +1,4 @@
-"""Stopped and resumed on two processes, or on another number of them. Each case starts torchrun over gloo."""
+"""Stopped and resumed on two processes, or on another number of them."""
 
 from __future__ import annotations
 

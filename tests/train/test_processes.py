@@ -1,4 +1,4 @@
-"""Two processes with the same global batch take the same steps as one. Each case starts torchrun over gloo."""
+"""Two processes with the same global batch take the same steps as one, over gloo."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from typing import Any
 
 import pytest
 import torch
+import two_processes
 from fitting import random_corpus
+from forked import ranks, start, wait_for_all
 from safetensors.torch import load_file
 
 pytestmark = pytest.mark.slow
-SCRIPT = Path(__file__).with_name("two_processes.py")
 
 CASES: dict[str, dict[str, Any]] = {
     # 25 examples in batches of 4: the seventh batch of an epoch has one example, fewer than there are processes
@@ -38,19 +39,20 @@ def corpora(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def launch(folder: Path, processes: int, case: dict[str, Any]) -> list[dict[str, Any]]:
+def launch(folder: Path, processes: int, case: dict[str, Any], *, torchrun: bool = False) -> list[dict[str, Any]]:
     """What each process found."""
     folder.mkdir(exist_ok=True)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        [*command, str(SCRIPT), str(folder), json.dumps(case)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    words = (str(folder), json.dumps(case))
+    if torchrun:
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        done = subprocess.run(
+            [*command, two_processes.__file__, *words], env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+    else:
+        places = ranks(processes) if processes > 1 else [{}]
+        wait_for_all([start(two_processes.main, *words, env=place) for place in places])
     found = [json.loads((folder / f"found-{rank}.json").read_text()) for rank in range(processes)]
     assert all(own["processes"] == processes for own in found)
     return found
@@ -65,7 +67,7 @@ def test_two_processes_equal_one(corpora: Path, name: str) -> None:
     case = CASES[name] | {"keep": "last"}
     near = ROUGH if name == "bf16" else NEAR
     [alone] = launch(corpora / f"{name}-1", 1, case)
-    both = launch(corpora / f"{name}-2", 2, case)
+    both = launch(corpora / f"{name}-2", 2, case, torchrun=name == "uneven")
     for own in both:
         assert own["status"] == alone["status"] == "done"
         for step, expected in zip(own["steps"], alone["steps"], strict=True):

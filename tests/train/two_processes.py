@@ -1,4 +1,4 @@
-"""Run by torchrun in test_processes.py: the training of a case, with its outcome written by the first process."""
+"""Run in each of the processes of test_processes.py: the training of a case, with its outcome written by the first process."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from small_memory import short_of_memory
 from llmkit.data.corpus import Corpus
 
 
-def main(folder: Path, case: str) -> None:
+def main(place: str, case: str) -> None:
     torch.set_num_threads(1)
-    given = json.loads(case)
+    folder, given = Path(place), json.loads(case)
     stop_after, cpu = given.pop("stop_after", None), Accelerator(cpu=True)
     family, short = given.pop("family", "llama"), given.pop("short_of_memory", None)
     fit = make_fit(
@@ -56,5 +56,5 @@ def main(folder: Path, case: str) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2])
+    main(*sys.argv[1:])
     os._exit(0)  # as `llmkit` itself does: gloo can wait for ever while the interpreter is taken down
