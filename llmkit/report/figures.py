@@ -255,4 +255,4 @@ def _paint_row(axes: Axes, row: int, lead: Sequence[Part], blocks: Sequence[Part
         size = [part.parameters for part in blocks]
         each = "" if None in size else f", {short_count(max(s or 0 for s in size))} parameters each"
         text = f"{blocks[0].stack}.{blocks[0].number}\u2013{blocks[-1].number}{each}"
-        axes.text(middle, row + 0.33, label(text, 60), ha="center", va="top", fontsize=8, color=MUTED)
+        axes.text(middle, row + 0.46, label(text, 60), ha="center", va="top", fontsize=8, color=MUTED)

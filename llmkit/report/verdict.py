@@ -46,11 +46,10 @@ class Change:
     def words(self) -> str:
         """The difference with its interval and p-value."""
         bounds = interval([self.low, self.high])
-        text = signed(self.difference)
-        if bounds:
-            text += f" (95 % interval of the difference {bounds}"
-            text += f", p {'' if (self.p or 0) < 0.001 else '= '}{p_value(self.p)})" if self.p is not None else ")"
-        return text
+        told = [f"95 % interval of the difference {bounds}"] if bounds else []
+        if self.p is not None:
+            told.append(f"p {'' if self.p < 0.001 else '= '}{p_value(self.p)}")
+        return signed(self.difference) + (f" ({', '.join(told)})" if told else "")
 
 
 @dataclass(frozen=True)
@@ -156,7 +155,8 @@ def worded(head: Change, found: list[Change], name: str, against: str, examples:
         honest += "from chance."
         return Verdict(OPEN, "No clear difference", honest, more, head)
     if head.low is None:
-        facts += " There is no interval, so that nothing tells how much of it may be chance."
+        tells = "its size is not known well" if head.p is not None else "nothing tells how much of it may be chance"
+        facts += f" There is no interval, so that {tells}."
     return Verdict(NONE, f"The {name} {went}", facts[0].upper() + facts[1:], more, head)
 
 

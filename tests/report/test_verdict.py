@@ -25,7 +25,11 @@ def judged(
         "differences": {
             "parent": {
                 metric: dict(
-                    zip(("low", "high", "p"), (*bounds, 0.2 if bounds[0] <= 0 <= bounds[1] else p), strict=True)
+                    zip(
+                        ("low", "high", "p"),
+                        (*bounds, p if bounds[0] is None or bounds[0] * bounds[1] > 0 else 0.2),
+                        strict=True,
+                    )
                 )
             }
             if bounds
@@ -106,3 +110,9 @@ def test_every_metric_of_the_catalogue_has_a_direction() -> None:
     assert lower_is_better("general_bits_per_byte") is True
     assert lower_is_better("rougeL") is False
     assert lower_is_better("mine.py:score") is None
+
+
+def test_too_few_examples_for_an_interval_have_a_p_value(tmp_path: Path) -> None:
+    found = judged(tmp_path, 0.5, 0.8, (None, None), p=0.76)
+    assert (found.kind, found.word) == ("none", "The accuracy rose")
+    assert "+0.3000 (p = 0.760). There is no interval, so that its size is not known well." in found.sentence

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+import weakref
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import Cli, sentence, write_rows
@@ -10,6 +14,7 @@ from conftest import Cli, sentence, write_rows
 from llmkit.errors import ArtifactError, DataError
 from llmkit.recipe.load import validate
 from llmkit.recipe.schema import Recipe
+from llmkit.stages import scoring
 from llmkit.stages.preflight import check_recipe
 
 
@@ -50,7 +55,10 @@ def test_nothing_is_trained_for_a_comparison_that_cannot_be(
 
 def test_a_classifier_is_not_scored_on_text(cli: Cli, tiny_bert: Path, tmp_path: Path) -> None:
     rows = write_rows(tmp_path / "rows.jsonl", ({"text": sentence(n)} for n in range(20)))
-    done = cli("evaluate", tiny_bert, "--task", "text", "--data", rows, "-o", tmp_path / "run", "--json")
+    classifier = shutil.copytree(tiny_bert, tmp_path / "classifier")
+    config = json.loads((classifier / "config.json").read_text())
+    (classifier / "config.json").write_text(json.dumps(config | {"architectures": ["BertForSequenceClassification"]}))
+    done = cli("evaluate", classifier, "--task", "text", "--data", rows, "-o", tmp_path / "run", "--json")
     assert (done.code, done.json["what"]) == (2, "the model has another task")
 
 
@@ -60,3 +68,24 @@ def test_a_model_with_another_head_is_scored_as_a_new_one(cli: Cli, tiny_bert: P
     done = cli("evaluate", tiny_bert, *flags)
     assert done.code == 0, done.out
     assert done.json["metrics"]["model.loss"] == done.json["metrics"]["other.loss"]
+
+
+def test_one_model_is_in_memory_at_a_time(
+    cli: Cli, tiny_llama: Path, chat_rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[weakref.ref[Any]] = []
+    alive: list[int] = []
+    original = scoring.load_model
+
+    def load(*given: Any, **more: Any) -> Any:
+        alive.append(sum(model() is not None for model in loaded))
+        found = original(*given, **more)
+        loaded.append(weakref.ref(found.model))
+        return found
+
+    monkeypatch.setattr(scoring, "load_model", load)
+    twin = shutil.copytree(tiny_llama, tmp_path / "twin")
+    flags = ("--data", chat_rows, "--against", tiny_llama, "--against", twin, "-o", tmp_path / "run", "--json")
+    done = cli("evaluate", tiny_llama, *flags, "--set", "evaluate.generate=0", "--set", "evaluate.cache=false")
+    assert done.code == 0, done.out
+    assert alive == [0, 0, 0]

@@ -1,4 +1,4 @@
-"""Run by torchrun in test_sharding.py and test_local_steps.py: trainings one after another, each outcome written."""
+"""Run by torchrun in test_sharding.py and test_local_steps.py: trainings in turn, whose outcome each process writes."""
 
 from __future__ import annotations
 
