@@ -27,7 +27,10 @@ names = pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_there_are_recipes() -> None:
     assert {"quickstart", "classify-docstrings", "gpt-from-scratch"} <= {path.stem for path in RECIPES}
     others = {item.name for item in FOLDER.iterdir() if item.suffix != ".yaml"}
-    assert others - {"__pycache__"} == {"roff.py", "quickstart-report.png"}  # the filter of clean-corpus, the README's picture
+    assert others - {"__pycache__"} == {
+        "roff.py",
+        "quickstart-report.png",
+    }  # the filter of clean-corpus, the README's picture
 
 
 @names
