@@ -127,7 +127,9 @@ def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
     (tmp_path / "letter.txt").write_text("Dear all")
     with pytest.raises(UsageError, match="something else than folds"):
         whole.check()
-    (tmp_path / "crossval.json").write_text(json.dumps({"name": "r", "folds": 3}))
+    (tmp_path / "crossval.json").write_text(json.dumps({"name": "r", "folds": 3, "done": 0}))
+    CrossValidation(recipe, 5, tmp_path).check()  # a number that was mistyped blocks nothing
+    (tmp_path / "crossval.json").write_text(json.dumps({"name": "r", "folds": 3, "done": 1}))
     whole.check()
     with pytest.raises(UsageError, match="another cross-validation"):
         CrossValidation(recipe, 5, tmp_path).check()
