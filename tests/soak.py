@@ -40,7 +40,7 @@ _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 _CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.truncate", "os.symlink")
 _OF_THE_TIME = re.compile("second|memory|time|created|started")  # what is never the same
 _PARTS = ("weights.safetensors", "optimizer.safetensors", "best.safetensors", "state.json", "manifest.json")
-_LEFT_OVER = re.compile(r"(^|/)\.[^/]*\.\d+\.tmp$")
+_LEFT_OVER = re.compile(r"(^|/)(\.[^/]*\.\d+\.tmp|\.tmp\w{6})$")  # llmkit's own, and those of safetensors
 _LONGEST_LIFE = 900.0  # seconds
 
 ROWS, SPIKED, LABELS, TEXTS = "rows.jsonl", "spiked.jsonl", "labels.jsonl", "texts.jsonl"

@@ -29,6 +29,7 @@ from llmkit.run.seals import holds, seal
 
 _LOOKED_AT = 0.2  # seconds that `llmkit runs` may hold a lock at most, to see whether it is free
 _LETTING_GO = 30.0  # seconds until the lock of a process that has ended is free
+_LEFT = (".*.tmp", ".tmp??????")  # by processes that were killed: as llmkit names them, and as safetensors does
 _PACKAGES = ("torch", "transformers", "datasets", "accelerate", "tokenizers", "safetensors", "numpy")
 
 
@@ -101,7 +102,7 @@ class Run:
                 where=path,
                 hint="choose another -o",
             ) from None
-        for left in [*path.glob(".*.tmp"), *path.glob("*/.*.tmp")]:  # by processes that were killed
+        for left in [found for name in _LEFT for found in (*path.glob(name), *path.glob(f"*/{name}"))]:
             if left.is_file():
                 left.unlink()
         known = read_json(path / "run.json") if (path / "run.json").exists() else {}

@@ -7,20 +7,17 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import forked
+import forked_workers
 import psutil
 import pytest
 
 from llmkit.errors import ResourceError
 from llmkit.files import digest_file
-from llmkit.launch import local
 from llmkit.launch.local import processes_for
 from llmkit.recipe.load import load_recipe
 from llmkit.recipe.schema import Recipe
@@ -67,53 +64,9 @@ def command(recipe: Path, out: Path, *more: str) -> list[str]:
     return ["run", str(recipe), "-o", str(out), *more]
 
 
-class Worker:
-    """In place of subprocess.Popen: `python -m llmkit ...`, forked from a command that has imported it already."""
-
-    def __init__(self, words: list[str], *, env: dict[str, str], stdout: Any, stderr: Any, **rest: Any) -> None:
-        assert words[:3] == [sys.executable, "-m", "llmkit"]
-        assert rest == {"stdin": subprocess.DEVNULL, "start_new_session": True}
-        self.returncode: int | None = None
-        self.pid = os.fork()
-        if self.pid == 0:
-            os.setsid()
-            for target, file in ((1, stdout), (2, stderr)):
-                if file is not None:
-                    os.dup2(file.fileno(), target)
-            own = [int(name) for name in os.listdir("/proc/self/fd")]  # noqa: PTH208
-            for number in own:
-                with suppress(OSError):
-                    if number > 2 and not os.get_inheritable(number):
-                        os.close(number)
-            forked.as_if_started(forked.command, words[3:], env)
-
-    def poll(self) -> int | None:
-        if self.returncode is None:
-            pid, status = os.waitpid(self.pid, os.WNOHANG)
-            self.returncode = os.waitstatus_to_exitcode(status) if pid else None
-        return self.returncode
-
-    def wait(self) -> int:
-        while self.poll() is None:
-            time.sleep(0.01)
-        assert self.returncode is not None
-        return self.returncode
-
-    def send_signal(self, number: int) -> None:
-        os.kill(self.pid, number)
-
-    def kill(self) -> None:
-        self.send_signal(signal.SIGKILL)
-
-
-def command_with_workers(*words: str) -> None:
-    local.subprocess = SimpleNamespace(Popen=Worker, DEVNULL=subprocess.DEVNULL)  # type: ignore[assignment]
-    forked.command(*words)
-
-
 def start(arguments: Sequence[str]) -> forked.Forked:
     """The command, with workers that are there at once."""
-    return forked.start(command_with_workers, *arguments)
+    return forked.start(forked_workers.command, *arguments)
 
 
 def finish(arguments: Sequence[str]) -> forked.Forked:

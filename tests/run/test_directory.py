@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -94,6 +98,41 @@ def test_what_was_known_survives_reopening(tmp_path: Path) -> None:
     again = open_run(tmp_path / "run")
     assert again.is_done("freeze")
     assert again.record["guesses"]["finetune.lr"] == {"value": 1e-5, "source": "a default"}
+
+
+def test_what_a_killed_process_was_writing_is_cleared_away_and_nothing_else(tmp_path: Path) -> None:
+    run = open_run(tmp_path / "run")
+    run.start("finetune", {"a": 1}, keep=False)
+    finish(run, "finetune")
+    theirs = [tmp_path / "run/finetune" / name for name in (".best.tmp", ".table.csv.71.tmp", ".tmpmeCZrF")]
+    ours = [
+        tmp_path / "run/finetune" / name
+        for name in ("out.txt", ".best.safetensors", ".tmp", "b.tmp", ".tmpmeCZrF.json")
+    ]
+    run.close()
+    for path in [*theirs, *ours]:
+        path.touch()
+    open_run(tmp_path / "run").close()
+    assert [path for path in theirs if path.exists()] == []
+    assert [path for path in ours if not path.exists()] == []
+
+
+def test_so_is_what_safetensors_was_writing(tmp_path: Path) -> None:
+    run = open_run(tmp_path / "run")
+    run.start("finetune", {"a": 1}, keep=False)
+    finish(run, "finetune")
+    run.close()
+    script = "import numpy, sys; from safetensors.numpy import save_file as save; zeros = {'w': numpy.zeros(1 << 24)}\n"
+    script += "while True: save(zeros, sys.argv[1])"
+    with subprocess.Popen([sys.executable, "-c", script, str(tmp_path / "run/finetune/.best.tmp")]) as writer:
+        while not (left := list((tmp_path / "run/finetune").glob(".tmp*"))):
+            assert writer.poll() is None
+            time.sleep(0.005)
+        writer.send_signal(signal.SIGSTOP)
+        left = list((tmp_path / "run/finetune").glob(".tmp*"))
+        writer.kill()
+    open_run(tmp_path / "run").close()
+    assert [path.name for path in (tmp_path / "run/finetune").iterdir()] == ["out.txt"], left
 
 
 def test_two_at_once_are_refused_and_the_lock_is_let_go(tmp_path: Path) -> None:

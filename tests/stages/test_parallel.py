@@ -7,6 +7,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import forked
+import forked_workers
 import pytest
 from conftest import Cli
 from safetensors.torch import load_file
@@ -81,6 +83,12 @@ def test_what_needs_whole_parameters(given: dict[str, Any], what: str) -> None:
     assert what in guesses["finetune.parallel"][1]
 
 
+def in_two_processes(*words: object) -> forked.Forked:
+    process = forked.start(forked_workers.command, *map(str, words), "--processes", "2", "--json")
+    assert process.wait() == 0, process.out + process.err
+    return process
+
+
 @pytest.mark.slow
 def test_a_run_with_adapters_in_two_processes(cli: Cli, tiny_llama: Path, chat_rows: Path, tmp_path: Path) -> None:
     settings = ("data.eval=20%", "finetune.steps=6", "finetune.log_every=1", "finetune.precision=fp32")
@@ -88,11 +96,8 @@ def test_a_run_with_adapters_in_two_processes(cli: Cli, tiny_llama: Path, chat_r
     words = [word for setting in settings for word in ("--set", setting)]
     one, two = tmp_path / "one", tmp_path / "two"
     done = cli("finetune", "-m", tiny_llama, "-d", chat_rows, "-o", one, *words, "--json")
-    both = cli(
-        *("finetune", "-m", tiny_llama, "-d", chat_rows, "-o", two, *words, "--json"),
-        *("--processes", 2, "--set", "parallel=fsdp"),
-    )
-    assert (done.code, both.code) == (0, 0), both.err
+    both = in_two_processes("finetune", "-m", tiny_llama, "-d", chat_rows, "-o", two, *words, "--set", "parallel=fsdp")
+    assert done.code == 0, done.err
     facts = json.loads((two / "run.json").read_text())["stages"]["finetune"]["facts"]
     assert (facts["processes"], facts["parallel"]) == (2, "fsdp")
 
@@ -100,7 +105,7 @@ def test_a_run_with_adapters_in_two_processes(cli: Cli, tiny_llama: Path, chat_r
         return [line["loss"] for line in read_metrics(run / "metrics.jsonl") if "loss" in line]
 
     assert losses(two) == pytest.approx(losses(one), abs=1e-5)
-    metrics, expected = both.json["metrics"], done.json["metrics"]
+    metrics, expected = json.loads(both.out)["metrics"], done.json["metrics"]
     assert metrics["loss"] == pytest.approx(expected["loss"], abs=1e-5), "scored from what was written"
     for name in ("model/model.safetensors", "adapter/adapter_model.safetensors"):
         mine, theirs = load_file(two / "finetune" / name), load_file(one / "finetune" / name)
@@ -122,14 +127,18 @@ def test_two_processes_score_together(
     words = [word for setting in settings for word in ("--set", setting)]
     words += ["--set", f"evaluate.data_sets={{other: {other}}}"]
 
-    def scores(name: str, *more: object) -> dict[str, Any]:
+    def scores(name: str) -> dict[str, Any]:
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / f"cache-{name}"))
-        done = cli("evaluate", tiny_llama, "-d", chat_rows, "-o", tmp_path / name, *words, *more)
-        assert done.code == 0, done.err
+        told = ("evaluate", tiny_llama, "-d", chat_rows, "-o", tmp_path / name, *words)
+        if name == "both":
+            in_two_processes(*told)
+        else:
+            done = cli(*told)
+            assert done.code == 0, done.err
         found: dict[str, Any] = json.loads((tmp_path / name / "evaluate" / "results.json").read_text())
         return found
 
-    one, both = scores("one"), scores("both", "--processes", 2)
+    one, both = scores("one"), scores("both")
     assert both["model"] == pytest.approx(one["model"], rel=1e-6)
     assert both["data_sets"]["other"]["model"] == pytest.approx(one["data_sets"]["other"]["model"], rel=1e-6)
     assert {file.read_text().count('"answers"') for file in (tmp_path / "cache-both").rglob("*.jsonl")} - {0}, "kept"

@@ -348,7 +348,7 @@ def stopped(tmp_path_factory: pytest.TempPathFactory, corpora: tuple[Corpus, Cor
     return path, make_fit(path.parent.parent, *corpora, warn=lambda text: None, **WAY)
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 @given(data=st.data())
 @pytest.mark.parametrize("name", ["state.json", "manifest.json"])
 def test_whatever_stands_in_its_json_there_is_no_traceback(

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import sharded_processes
 import torch
 from fitting import random_corpus
+from forked import ranks, start, wait_for_all
 from pydantic import ValidationError
 from safetensors.torch import load_file
 
 from llmkit.recipe.training import LocalSteps, Training
 from llmkit.train.local import Meetings
 
-SCRIPT = Path(__file__).with_name("sharded_processes.py")
 APART = {"batch_size": 6, "steps": 10, "eval_every": 3, "keep": "last", "lr": 1e-2}
 CASES: dict[str, dict[str, Any]] = {
     "mean": APART | {"local": {"every": 3}},
@@ -101,11 +99,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("mean", "outer"):
         jobs += [(f"{name}, stopped", f"{name}-r", CASES[name] | {"stop_after": 4})]
         jobs += [(f"{name}, resumed", f"{name}-r", CASES[name])]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command += [str(SCRIPT), str(folder), json.dumps(jobs)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stderr[-3000:]
+    wait_for_all([start(sharded_processes.main, folder, json.dumps(jobs), env=rank) for rank in ranks(2)])
     return folder
 
 
