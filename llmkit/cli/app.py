@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, Any
 
 import typer
@@ -510,6 +511,9 @@ def main() -> None:
     launched = not {"SLURM_STEP_ID", "RANK", "WORLD_SIZE"}.isdisjoint(os.environ)
     if launched and sys.argv[1:2] and sys.argv[1] in (*_STAGE_HELP, "probe"):
         _take_place()
+    if sys.argv[1:2] and sys.argv[1] in (*_STAGE_HELP, "crossval"):
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, _stop_at_once)
     try:
         code: Any = app(standalone_mode=False)
     except typer.Abort:
@@ -528,6 +532,12 @@ def main() -> None:
         sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
+
+
+def _stop_at_once(number: int, frame: FrameType | None) -> None:
+    """Ends a command that has nothing to save while no stage runs, and may be in the middle of an import."""
+    os.write(2, f"llmkit: stopped by {signal.Signals(number).name}; run the same command again to go on\n".encode())
+    os._exit(75)
 
 
 def _take_place() -> None:

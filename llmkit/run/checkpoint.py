@@ -1,7 +1,8 @@
 """Checkpoints: written aside, synced, read back, given a manifest with checksums, and renamed into place.
 
 A checkpoint holds the trainable weights (the frozen ones are the parent's, which the fingerprint pins), the optimizer's
-state, the training state, the random state of each process, and the best weights so far. Nothing is pickled.
+state, the training state, the random state of each process, and the best weights so far. Nothing is pickled. Where weights
+are spread over processes, each writes its rows, `weights-00001-of-00008.safetensors`; any number of processes reads them.
 
     checkpoints/step-00000120/           published: whole, or damaged after it was written
     checkpoints/.step-00000120.PID.tmp   being written, or left by a process that was killed
@@ -16,10 +17,10 @@ import re
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -27,45 +28,102 @@ from safetensors.torch import load_file, save_file
 
 from llmkit import __version__
 from llmkit.errors import ArtifactError, ResourceError
-from llmkit.files import digest_file, json_text, read_json, sync_file, sync_folder, write_json
+from llmkit.files import digest_file, json_text, link_file, read_json, sync_file, sync_folder, write_json
 
 FORMAT = 1
 BEST, MANIFEST, STATE = "best.safetensors", "manifest.json", "state.json"
-_TENSORS = ("weights.safetensors", "optimizer.safetensors")
-_REQUIRED = {*_TENSORS, STATE}
+_TENSORS = ("weights", "optimizer")
 _NAME = re.compile(r"step-\d{8,18}", re.ASCII)
 _MANIFEST_BYTES = 2**20  # more is no manifest of ours
+_WRITING = (OSError, SafetensorError)
+_Given = TypeVar("_Given")
 
 
 @dataclass(frozen=True)
 class Checkpoint:
     """What is needed to go on as if nothing had happened; `best_weights` is a safetensors file, None when there is none."""
 
-    weights: dict[str, torch.Tensor]
-    optimizer_tensors: dict[str, torch.Tensor]
+    weights: Mapping[str, torch.Tensor]
+    optimizer_tensors: Mapping[str, torch.Tensor]
     optimizer_values: dict[str, Any]
     state: dict[str, Any]
     best_weights: Path | None = None
     fingerprint: str = ""
     step: int = 0
 
-    @property
-    def nbytes(self) -> int:
-        """What its tensors take, without the best weights."""
-        return sum(tensor.nbytes for tensors in (self.weights, self.optimizer_tensors) for tensor in tensors.values())
-
     def copied(self) -> Checkpoint:
         """The same with tensors of its own, which training does not change."""
+        return self._with(torch.Tensor.clone)
+
+    def outlined(self) -> Checkpoint:
+        """The same with meta tensors."""
+        return self._with(lambda tensor: tensor.to("meta"))
+
+    def _with(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Checkpoint:
         weights, moments = (
-            {name: tensor.clone() for name, tensor in tensors.items()}
+            tensors.changed(change) if isinstance(tensors, _Rows) else {n: change(t) for n, t in tensors.items()}
             for tensors in (self.weights, self.optimizer_tensors)
         )
         return replace(self, weights=weights, optimizer_tensors=moments)
 
 
+class _Rows(Mapping[str, torch.Tensor]):
+    """Tensors by name whose rows lie in several files, in this order; one is put together when it is asked for."""
+
+    def __init__(self, files: Sequence[Mapping[str, torch.Tensor]]) -> None:
+        self.files = files
+        self._names = dict.fromkeys(name for file in files for name in file)
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        parts = [file[name] for file in self.files if name in file]
+        if not parts:
+            raise KeyError(name)
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def changed(self, change: Callable[[torch.Tensor], torch.Tensor]) -> _Rows:
+        """The same rows, changed."""
+        return _Rows([{name: change(tensor) for name, tensor in file.items()} for file in self.files])
+
+
+@dataclass(frozen=True)
+class Writers:
+    """The processes that write a checkpoint together, each its rows; `exchange` gives all of them what each has."""
+
+    number: int = 0
+    count: int = 1
+    exchange: Callable[[Any], list[Any]] = lambda own: [own]
+
+    @property
+    def leads(self) -> bool:
+        """True in the process that writes what is not rows, and publishes."""
+        return self.number == 0
+
+    def agree(self, work: Callable[[], _Given]) -> list[_Given]:
+        """What each process's work gives; where it fails to write in one, OSError everywhere."""
+        given: _Given | None = None
+        failure: OSError | SafetensorError | None = None
+        try:
+            given = work()
+        except _WRITING as error:
+            failure = error
+        found = self.exchange((given, None if failure is None else str(failure)))
+        if failure is not None:
+            raise failure
+        for number, (_, why) in enumerate(found):
+            if why is not None:
+                raise OSError(f"process {number}: {why}")
+        return [result for result, _ in found]
+
+
 @dataclass
 class Checkpoints:
-    """The checkpoints of one training, in `folder`. One process writes; all may read.
+    """The checkpoints of one training, in `folder`. One process writes, or all `writers` call these methods; all may read.
 
     The newest `keep` stay, each whose step is a multiple of `keep_every`, and the newest at a step to roll back to. An older
     one goes once a newer one is published, synced and read back.
@@ -77,6 +135,7 @@ class Checkpoints:
     keep_every: int | None = None
     accepted: Sequence[str] = ()  # fingerprints of other inputs whose checkpoints may be read
     is_anchor: Callable[[int], bool] = lambda step: False  # steps to roll back to
+    writers: Writers = Writers()
     seconds: float = 0.0  # that the slowest so far took to write
     _writer: threading.Thread | None = field(default=None, init=False)
     _failure: BaseException | None = field(default=None, init=False)
@@ -85,9 +144,10 @@ class Checkpoints:
         """Publishes, reads and deletes a checkpoint without tensors. Raises ResourceError when that or so many bytes fail."""
         place = self.folder / ".step-rehearsal"
         try:
-            place.mkdir(parents=True, exist_ok=True)
-            trial = Checkpoints(place, self.fingerprint)
+            trial = Checkpoints(place, self.fingerprint, writers=self.writers)
             trial.write(0, Checkpoint({}, {}, {}, {}))
+            if not self.writers.leads:
+                return
             whole = trial.newest(lambda text: None) is not None
             shutil.rmtree(place)
             free = shutil.disk_usage(self.folder).free
@@ -111,15 +171,18 @@ class Checkpoints:
                 where=self.folder,
             )
 
-    def write(self, step: int, checkpoint: Checkpoint) -> Path:
-        """Publishes `step-XXXXXXXX` and then deletes those that need not be kept. Raises OSError and SafetensorError."""
-        self.wait()
-        return self._publish(self._begin(step, checkpoint.best_weights), step, checkpoint)
+    def write(self, step: int, checkpoint: Checkpoint, before: Callable[[], None] = lambda: None) -> Path:
+        """Publishes `step-XXXXXXXX` and then deletes those that need not be kept. Raises OSError and SafetensorError.
 
-    def write_behind(self, step: int, checkpoint: Checkpoint) -> None:
+        What comes `before` has to work where the process leads.
+        """
+        self.wait()
+        return self._publish(self._begin(step, checkpoint.best_weights, before), step, checkpoint)
+
+    def write_behind(self, step: int, checkpoint: Checkpoint, before: Callable[[], None] = lambda: None) -> None:
         """The same in a thread, from tensors that no one changes; what fails there is raised by `wait`."""
         self.wait()
-        aside = self._begin(step, checkpoint.best_weights)
+        aside = self._begin(step, checkpoint.best_weights, before)
 
         def work() -> None:
             try:
@@ -175,8 +238,16 @@ class Checkpoints:
                 return found
         return None
 
-    def _begin(self, step: int, best: Path | None) -> Path:
+    def _begin(self, step: int, best: Path | None, before: Callable[[], None]) -> Path:
         """A folder to write into, with the best weights as they are at this moment."""
+
+        def lead() -> Path:
+            before()
+            return self._aside(step, best)
+
+        return self.writers.agree(lead if self.writers.leads else Path)[0]
+
+    def _aside(self, step: int, best: Path | None) -> Path:
         self._put_back()
         for unfinished in self.folder.glob(".step-*"):  # of a process that was killed
             _remove(unfinished)
@@ -195,11 +266,9 @@ class Checkpoints:
     def _publish(self, aside: Path, step: int, checkpoint: Checkpoint) -> Path:
         started, target = time.monotonic(), self.folder / f"step-{step:08d}"
         try:
-            for name, tensors in zip(_TENSORS, (checkpoint.weights, checkpoint.optimizer_tensors), strict=True):
-                save_file(tensors, aside / name)
-                sync_file(aside / name)
-                if not _same(_load(aside / name), tensors):
-                    raise OSError(f"{name} reads as other numbers than were written")
+            parts = self.writers.agree(lambda: self._write_tensors(aside, checkpoint))
+            if not self.writers.leads:
+                return target
             state = {"optimizer": checkpoint.optimizer_values, "train": checkpoint.state}
             write_json(aside / STATE, state)
             if (aside / STATE).read_text(encoding="utf-8") != json_text(state):
@@ -207,11 +276,13 @@ class Checkpoints:
             if (aside / BEST).exists():
                 _load(aside / BEST)  # these may be the only copy
                 sync_file(aside / BEST)
-            files = {p.name: {"bytes": p.stat().st_size, "sha256": digest_file(p)} for p in sorted(aside.iterdir())}
+            files = {name: entry for part in parts for name, entry in part.items()}
+            files |= {name: _entry(aside / name) for name in (BEST, STATE) if (aside / name).exists()}
             about = {"format": FORMAT, "llmkit": __version__, "step": step, "fingerprint": self.fingerprint}
             write_json(aside / MANIFEST, about | {"files": files})
         except BaseException:
-            shutil.rmtree(aside, ignore_errors=True)  # a full disk gets its space back
+            if self.writers.leads:
+                shutil.rmtree(aside, ignore_errors=True)  # a full disk gets its space back
             raise
         if target.exists():
             target.rename(aside.with_suffix(".old"))
@@ -221,6 +292,18 @@ class Checkpoints:
         self.prune()
         self.seconds = max(self.seconds, time.monotonic() - started)
         return target
+
+    def _write_tensors(self, aside: Path, checkpoint: Checkpoint) -> dict[str, Any]:
+        """Writes this process's rows; gives what the manifest says of their files."""
+        entries = {}
+        for kind, tensors in zip(_TENSORS, (checkpoint.weights, checkpoint.optimizer_tensors), strict=True):
+            name = _names(kind, self.writers.count)[self.writers.number]
+            save_file(dict(tensors), aside / name)
+            sync_file(aside / name)
+            if not _same(_load(aside / name), tensors):
+                raise OSError(f"{name} reads as other numbers than were written")
+            entries[name] = _entry(aside / name)
+        return entries
 
     def prune(self) -> None:
         """Deletes the checkpoints that need not be kept."""
@@ -252,12 +335,15 @@ class Checkpoints:
         if not (isinstance(state, dict) and all(isinstance(state.get(key), dict) for key in ("optimizer", "train"))):
             raise ArtifactError("its state is no state of a training", where=path / STATE)
         try:
-            weights, optimizer = (load_file(path / name) for name in _TENSORS)
+            weights, optimizer = (
+                _Rows([load_file(path / name) for name in _names(kind, _parts(manifest["files"]))]) for kind in _TENSORS
+            )
         except (SafetensorError, MemoryError) as error:
             raise ArtifactError("a file is no safetensors file", got=str(error), where=path) from None
-        for name, tensor in [*weights.items(), *optimizer.items()]:
-            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-                raise ArtifactError("numbers in it are not finite", got=name, where=path)
+        for file in (*weights.files, *optimizer.files):
+            for name, tensor in file.items():
+                if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                    raise ArtifactError("numbers in it are not finite", got=name, where=path)
         best = path / BEST if BEST in manifest["files"] else None
         return Checkpoint(weights, optimizer, state["optimizer"], state["train"], best, fingerprint, step_of(path))
 
@@ -273,6 +359,22 @@ def step_of(path: Path) -> int:
     return int(path.name.removeprefix("step-"))
 
 
+def _names(kind: str, parts: int) -> list[str]:
+    """The files of weights or moments, of which each of so many processes wrote a part."""
+    if parts == 1:
+        return [f"{kind}.safetensors"]
+    return [f"{kind}-{part:05d}-of-{parts:05d}.safetensors" for part in range(1, parts + 1)]
+
+
+def _parts(files: Mapping[str, Any]) -> int:
+    """How many processes wrote a checkpoint of such files, if it is one."""
+    return max(1, len(files.keys() - {BEST, STATE}) // len(_TENSORS))
+
+
+def _entry(file: Path) -> dict[str, Any]:
+    return {"bytes": file.stat().st_size, "sha256": digest_file(file)}
+
+
 def checked_manifest(path: Path) -> dict[str, Any]:
     """The manifest of a checkpoint whose files are those that it names, byte for byte. Raises ArtifactError."""
     file = path / MANIFEST
@@ -286,7 +388,10 @@ def checked_manifest(path: Path) -> dict[str, Any]:
     if known.get("step") != step_of(path):
         raise ArtifactError("it is of another step than its name says", got=str(known.get("step"))[:100], where=path)
     files = known.get("files")
-    if not isinstance(files, dict) or set(files) - {BEST} != _REQUIRED:
+    if not isinstance(files, dict) or set(files) - {BEST} != {
+        STATE,
+        *(name for kind in _TENSORS for name in _names(kind, _parts(files))),
+    }:
         raise ArtifactError("its manifest names other files", got=str(files)[:200], where=path)
     for name, entry in files.items():
         part = path / name
@@ -299,45 +404,6 @@ def checked_manifest(path: Path) -> dict[str, Any]:
     return known
 
 
-def link_file(source: Path, target: Path) -> None:
-    """Puts a file in the place of another, in one step; as a second name for the same bytes where the disk can do that."""
-    aside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    aside.unlink(missing_ok=True)
-    try:
-        os.link(source, aside)
-    except OSError:
-        shutil.copyfile(source, aside)
-    aside.replace(target)
-    aside.unlink(missing_ok=True)  # rename does nothing where both are names of the same file already
-
-
-def optimizer_to_parts(optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """An optimizer's state as named tensors and JSON values: `3.exp_avg` is of parameter number 3."""
-    state = optimizer.state_dict()
-    tensors, values = {}, {}
-    for number, entries in state["state"].items():
-        for key, value in entries.items():
-            if isinstance(value, torch.Tensor):
-                tensors[f"{number}.{key}"] = value.detach().cpu().contiguous()
-            else:
-                values[f"{number}.{key}"] = value
-    groups = [{k: v for k, v in group.items() if not isinstance(v, torch.Tensor)} for group in state["param_groups"]]
-    return tensors, {"kind": type(optimizer).__name__, "state": values, "groups": groups}
-
-
-def optimizer_from_parts(
-    optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor], values: dict[str, Any]
-) -> None:
-    """Puts back what `optimizer_to_parts` took."""
-    state: dict[int, dict[str, Any]] = {}
-    for name, value in [*tensors.items(), *values["state"].items()]:
-        number, _, key = name.partition(".")
-        state.setdefault(int(number), {})[key] = value
-    now = optimizer.state_dict()["param_groups"]
-    groups = [current | saved for current, saved in zip(now, values["groups"], strict=True)]
-    optimizer.load_state_dict({"state": state, "param_groups": groups})
-
-
 def _load(path: Path) -> dict[str, torch.Tensor]:
     """Raises OSError for all that a disk can do; PyTorch raises RuntimeError when there are no file handles left."""
     try:
@@ -346,7 +412,7 @@ def _load(path: Path) -> dict[str, torch.Tensor]:
         raise OSError(f"{path.name} cannot be read again: {error}") from None
 
 
-def _same(found: dict[str, torch.Tensor], given: dict[str, torch.Tensor]) -> bool:
+def _same(found: Mapping[str, torch.Tensor], given: Mapping[str, torch.Tensor]) -> bool:
     """True for the same names and bits."""
 
     def bits(tensor: torch.Tensor) -> torch.Tensor:

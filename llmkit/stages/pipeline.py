@@ -184,7 +184,8 @@ def _why(run: Run, name: str, inputs: dict[str, Any], same: bool) -> str:
     if same:
         return f"it did not finish ({entry['state']})"
     before = entry.get("inputs", {})
-    changed = [key for key in sorted({*inputs, *before}) if inputs.get(key) != before.get(key)]
+    absent = object()  # which no value is, not even None
+    changed = [key for key in sorted({*inputs, *before}) if inputs.get(key, absent) != before.get(key, absent)]
     return "changed: " + ", ".join(_change(key, before.get(key), inputs.get(key)) for key in changed[:4])
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
@@ -127,7 +128,7 @@ def _check_numbers(what: str, values: list[Any]) -> None:
             raise ArtifactError(what, got=str(value)[:100])
 
 
-def _check_tensors(what: str, found: dict[str, torch.Tensor], present: dict[str, torch.Tensor]) -> None:
+def _check_tensors(what: str, found: Mapping[str, torch.Tensor], present: Mapping[str, torch.Tensor]) -> None:
     for name in sorted(found.keys() ^ present.keys()):
         raise ArtifactError(f"{what} is missing, or one too many", got=name)
     for name, tensor in found.items():

@@ -14,12 +14,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from llmkit.errors import ResourceError
+from llmkit.files import link_file
+from llmkit.optim.state import optimizer_from_parts, optimizer_to_parts
 from llmkit.run.checkpoint import (
     Checkpoint,
     Checkpoints,
-    link_file,
-    optimizer_from_parts,
-    optimizer_to_parts,
     published,
     step_of,
 )
@@ -56,6 +55,11 @@ class Keeper:
     failed: bool = False  # since it was last asked for
 
     @property
+    def _writes(self) -> bool:
+        """True where this process has something to write: in the first one, or in all where each has a part."""
+        return bool(self.accelerator.is_main_process) or self.masters.sharded
+
+    @property
     def best_file(self) -> Path:
         """The weights with the lowest held-out loss so far."""
         return self.folder / "best.safetensors"
@@ -67,7 +71,7 @@ class Keeper:
         """
         weights = sum(tensor.nbytes for tensor in self.masters.outlines().values())
         states = 3 if self.average is None else 4  # the weights, two moments of each, and the average
-        if self.accelerator.is_main_process:
+        if self._writes:
             self.checkpoints.rehearse(states * weights)
         return states * weights
 
@@ -82,19 +86,16 @@ class Keeper:
         started = time.monotonic()
         random = gather_object([random_state()])
         self.saved_step = state.step
-        if not self.accelerator.is_main_process:
-            if self.masters.sharded:  # all have a part of it
-                self._checkpoint(state, random)
+        if not self._writes:
             return time.monotonic() - started
         self.collect(wait=True)
         checkpoint = self._checkpoint(state, random)
         try:
-            before()
             if at_once or not self.behind:
-                self.checkpoints.write(state.step, checkpoint)
+                self.checkpoints.write(state.step, checkpoint, before)
                 self.failures = 0
             else:
-                self.checkpoints.write_behind(state.step, checkpoint if self.masters.sharded else checkpoint.copied())
+                self.checkpoints.write_behind(state.step, checkpoint.copied(), before)
         except _WRITING as error:
             self._note_failure(error)
             if at_once:
@@ -143,10 +144,9 @@ class Keeper:
             return None
         if found.fingerprint != self.checkpoints.fingerprint:
             found = fitting_parts(found, self._present(), warn)
-        self.masters.load({name: tensor for name, tensor in found.weights.items() if "/" not in name})
+        self.masters.load(found.weights)
         for prefix, companion in self._companions():
-            own = {n.removeprefix(prefix): t for n, t in found.weights.items() if n.startswith(prefix)}
-            companion.load(own)
+            companion.load(found.weights, prefix)
         if found.best_weights is not None and self.accelerator.is_main_process:
             link_file(found.best_weights, self.best_file)
         names = self._names()
@@ -165,7 +165,7 @@ class Keeper:
 
     def keep_best(self) -> None:
         """Writes the weights as they are as the best so far."""
-        weights = self.masters.saved() if self.accelerator.is_main_process or self.masters.sharded else {}
+        weights = self.masters.whole() if self._writes else {}
         if self.accelerator.is_main_process:
             aside = self.best_file.with_suffix(".tmp")
             save_file(weights, aside)
@@ -201,7 +201,7 @@ class Keeper:
     def _checkpoint(self, state: TrainState, random: list[Any]) -> Checkpoint:
         tensors, values = optimizer_to_parts(self.optimizer)
         names = self._names()
-        moments = self.masters.whole({key: (names[int(key.partition(".")[0])], t) for key, t in tensors.items()})
+        moments = self.masters.parts({key: (names[int(key.partition(".")[0])], t) for key, t in tensors.items()})
         weights = self.masters.saved()
         for prefix, companion in self._companions():
             weights |= {prefix + name: tensor for name, tensor in companion.saved().items()}
@@ -232,7 +232,7 @@ class Keeper:
 
     def _check(self, found: Checkpoint) -> None:
         same_inputs = found.fingerprint == self.checkpoints.fingerprint
-        check_checkpoint(found, self._present(), same_inputs=same_inputs)
+        check_checkpoint(found.outlined(), self._present(), same_inputs=same_inputs)
 
     def _note_failure(self, error: BaseException) -> None:
         self.failures, self.failed = self.failures + 1, True

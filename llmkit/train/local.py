@@ -8,7 +8,7 @@ inner optimizer are averaged too, so that after a meeting all processes are in t
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 
@@ -54,16 +54,19 @@ class Meetings:
 
     def saved(self) -> dict[str, torch.Tensor]:
         """The outer optimizer's momentum, by the names of the weights; nothing where there is none."""
-        return self._masters.whole({n: (n, t) for n, t in self._velocity.items()}) if self.rules.outer_momentum else {}
+        return self._masters.parts({n: (n, t) for n, t in self._velocity.items()}) if self.rules.outer_momentum else {}
 
     def outlines(self) -> dict[str, torch.Tensor]:
         """What `saved` gives, on the meta device."""
         return {n: t.to("meta") for n, t in self._velocity.items()} if self.rules.outer_momentum else {}
 
     @torch.no_grad()
-    def load(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Puts back what `saved` gave, beside the weights of that time; meta tensors stand for what is to stay."""
-        for name, value in tensors.items():
+    def load(self, tensors: Mapping[str, torch.Tensor], prefix: str) -> None:
+        """Puts back what `saved` gave, by names with a prefix, beside the weights of that time; meta tensors stand for what
+        is to stay.
+        """
+        for name in self.outlines():
+            value = tensors[prefix + name]
             if not value.is_meta:
                 self._velocity[name].copy_(value)
         self.begin()

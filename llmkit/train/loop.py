@@ -100,6 +100,7 @@ class Fit:
                 training.keep_every,
                 self.accepted,
                 self._is_anchor,
+                self.masters.writers(),
             ),
             self.masters,
             self.optimizer,

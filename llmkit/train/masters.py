@@ -7,7 +7,7 @@ et al., 2017: https://arxiv.org/abs/1710.03740). Otherwise the masters are the m
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 
 from llmkit.model.objective import Objective
 from llmkit.model.precision import compute_in
+from llmkit.run.checkpoint import Writers
 
 _CACHED = 2**18  # numbers: a megabyte in fp32, which stays in a processor's cache
 _SUMMED = 2**22  # numbers whose squares one fp32 sum adds up well; few enough sums for a GPU
@@ -133,16 +134,27 @@ class Masters:
         del self.gradients
 
     def saved(self) -> dict[str, torch.Tensor]:
-        """What training changes, on the CPU: these weights, and the buffers that are saved with a model."""
+        """What training changes, on the CPU: these weights, and the buffers that are saved with a model.
+
+        Of what is spread over processes, this one's rows.
+        """
         return {name: t.detach().cpu().contiguous() for name, t in self._saved().items()}
 
+    def whole(self) -> dict[str, torch.Tensor]:
+        """The same in full in the first process, whatever is spread; every process must call it."""
+        return self.saved()
+
     def outlines(self) -> dict[str, torch.Tensor]:
-        """What `saved` gives, on the meta device."""
+        """What `whole` gives, on the meta device."""
         return {name: t.detach().to("meta") for name, t in self._saved().items()}
 
-    def whole(self, rows: dict[str, tuple[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-        """Tensors that belong to parameters, on the CPU: names to the parameter's and the tensor."""
+    def parts(self, rows: dict[str, tuple[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        """What this process saves of tensors that belong to parameters, on the CPU: names to the parameter's and the tensor."""
         return {key: tensor.detach().cpu().contiguous() for key, (_, tensor) in rows.items()}
+
+    def writers(self) -> Writers:
+        """Who writes a checkpoint; every process must call it."""
+        return Writers()
 
     def rows(self, name: str, whole: torch.Tensor) -> torch.Tensor:
         """What of a tensor that belongs to a parameter belongs to this process: all."""
@@ -156,12 +168,12 @@ class Masters:
         return {name: buffer for name, buffer in self.model.named_buffers() if name in saved}
 
     @torch.no_grad()
-    def load(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Puts back what `saved` gave; meta tensors stand for what is to stay."""
-        known = {**self.weights, **dict(self.model.named_buffers())}
-        for name, value in tensors.items():
+    def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Puts back what `whole` gave; meta tensors stand for what is to stay."""
+        for name, known in self._saved().items():
+            value = tensors[name]
             if not value.is_meta:
-                known[name].copy_(value)
+                known.copy_(self.rows(name, value))
         self.publish()
 
     @contextmanager
@@ -226,19 +238,20 @@ class Average:
 
     def saved(self) -> dict[str, torch.Tensor]:
         """The averages on the CPU, as `Masters.saved` gives the weights."""
-        return self._masters.whole({name: (name, tensor) for name, tensor in self.tensors.items()})
+        return self._masters.parts({name: (name, tensor) for name, tensor in self.tensors.items()})
 
     def outlines(self) -> dict[str, torch.Tensor]:
-        """What `saved` gives, on the meta device."""
+        """What all processes' `saved` make, on the meta device."""
         outlines = self._masters.outlines()
         return {name: outlines[name] for name in self.tensors}
 
     @torch.no_grad()
-    def load(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Puts back what `saved` gave; meta tensors stand for what is to stay."""
-        for name, value in tensors.items():
+    def load(self, tensors: Mapping[str, torch.Tensor], prefix: str = "") -> None:
+        """Puts back what `saved` gave, by names with a prefix; meta tensors stand for what is to stay."""
+        for name, own in self.tensors.items():
+            value = tensors[prefix + name]
             if not value.is_meta:
-                self.tensors[name].copy_(self._masters.rows(name, value))
+                own.copy_(self._masters.rows(name, value))
 
     def settle(self) -> None:
         """Makes the averages the model's weights, for good."""

@@ -18,6 +18,7 @@ from torch import nn
 from llmkit.model.anatomy import blocks_of
 from llmkit.model.objective import Objective
 from llmkit.model.precision import default_device
+from llmkit.run.checkpoint import Writers
 from llmkit.train.masters import Masters
 
 ELEMENTWISE = frozenset({"adamw", "sgd", "lion", "rmsprop", "adagrad"})  # optimizers that treat each number by itself
@@ -110,50 +111,53 @@ class ShardedMasters(Masters):
         super().release()
 
     def outlines(self) -> dict[str, torch.Tensor]:
-        """What `saved` gives, on the meta device."""
+        """What `whole` gives, on the meta device."""
         shapes = {name: torch.empty(p.shape, dtype=p.dtype, device="meta") for name, p in self._own.items()}
         return shapes | {name: buffer.to("meta") for name, buffer in self._saved_buffers().items()}
 
-    def saved(self) -> dict[str, torch.Tensor]:
-        """What training changes, whole, on the CPU of the first process; nothing in the others."""
-        return self.whole({name: (name, weight) for name, weight in self.weights.items()}) | (
-            {} if self._process else {name: t.detach().cpu() for name, t in self._saved_buffers().items()}
-        )
-
-    def whole(self, rows: dict[str, tuple[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-        """Tensors of which each process has the rows that it has of a parameter: names to the parameter's and these rows.
-
-        Whole ones in the first process, nothing in the others; what is shaped otherwise is everywhere the same.
-        """
-        from torch.distributed.tensor import DTensor
-
+    def whole(self) -> dict[str, torch.Tensor]:
+        """What training changes, on the CPU of the first process; nothing in the others."""
         found = {}
-        for key, (name, part) in rows.items():
-            parameter, full = self._own[name], part.detach().clone()
-            if part.shape == self.weights[name].shape:
-                spread = (self._mesh, parameter.placements)
-                full = DTensor.from_local(
-                    full, *spread, run_check=False, shape=parameter.shape, stride=parameter.stride()
-                ).full_tensor()
+        for name, parameter in self._own.items():
+            full = parameter.full_tensor().detach()
             if self._process == 0:
-                found[key] = full.cpu()
-        return found
+                found[name] = full.cpu()
+            del full
+        return found | ({} if self._process else {name: t.detach().cpu() for name, t in self._saved_buffers().items()})
+
+    def saved(self) -> dict[str, torch.Tensor]:
+        """The rows of what training changes, on the CPU; what is everywhere the same, in the first process."""
+        return self.parts({name: (name, tensor) for name, tensor in self._saved().items()})
+
+    def parts(self, rows: dict[str, tuple[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        """What this process saves of tensors that belong to parameters: its rows, and what is no rows in the first one."""
+        return {
+            key: tensor.detach().cpu().contiguous()
+            for key, (name, tensor) in rows.items()
+            if self._process == 0 or (name in self.weights and tensor.shape == self.weights[name].shape)
+        }
+
+    def writers(self) -> Writers:
+        """All processes; they speak in a group of their own, as checkpoints are written while training goes on."""
+        group = torch.distributed.new_group(backend="gloo")
+
+        def exchange(own: Any) -> list[Any]:
+            found: list[Any] = [None] * self._processes
+            torch.distributed.all_gather_object(found, own, group=group)
+            return found
+
+        return Writers(self._process, self._processes, exchange)
 
     def rows(self, name: str, whole: torch.Tensor) -> torch.Tensor:
-        """This process's rows of something that is shaped as a parameter."""
+        """This process's rows of something that is shaped as a parameter, by themselves."""
         if name not in self._own or whole.shape != self._own[name].shape:
             return whole
         parts = whole.chunk(self._processes)
-        return parts[self._process] if self._process < len(parts) else whole[:0]
+        return (parts[self._process] if self._process < len(parts) else whole[:0]).clone()
 
     @torch.no_grad()
-    def load(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Puts back what `saved` gave in the first process; meta tensors stand for what is to stay."""
-        buffers = dict(self.model.named_buffers())
-        for name, value in tensors.items():
-            if not value.is_meta:
-                known = self.weights[name] if name in self.weights else buffers[name]
-                known.copy_(self.rows(name, value))
+    def publish(self) -> None:
+        """Lets go of weights that are not those that the optimizer has changed."""
         self._computation.reshard()  # type: ignore[operator]
 
     @contextmanager

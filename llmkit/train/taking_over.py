@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -32,7 +32,7 @@ def fitting_parts(found: Checkpoint, present: Checkpoint, tell: Callable[[str], 
     taken = sorted(name for name in weights if weights[name] is not present.weights[name])
     missing = sorted(present.weights.keys() - set(taken))
     ignored = sorted(found.weights.keys() - set(taken))
-    moved = sum(1 for tensor in moments.values() if any(tensor is other for other in found.optimizer_tensors.values()))
+    moved = 0 if moments is present.optimizer_tensors else len(moments)
     tell(
         f"taken over from step {found.state['state']['step']} of other inputs: {len(taken)} of {len(present.weights)} "
         f"weights, {moved} of {len(found.optimizer_tensors)} tensors of the optimizer, the step, the random state"
@@ -48,14 +48,14 @@ def fitting_parts(found: Checkpoint, present: Checkpoint, tell: Callable[[str], 
     )
 
 
-def _matching(found: dict[str, torch.Tensor], present: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _matching(found: Mapping[str, torch.Tensor], present: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     def fits(name: str, tensor: torch.Tensor) -> bool:
         return name in found and (found[name].shape, found[name].dtype) == (tensor.shape, tensor.dtype)
 
     return {name: found[name] if fits(name, tensor) else tensor for name, tensor in present.items()}
 
 
-def _moments(found: Checkpoint, present: Checkpoint) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+def _moments(found: Checkpoint, present: Checkpoint) -> tuple[Mapping[str, torch.Tensor], dict[str, Any]]:
     """The optimizer's state, by the names of its parameters; groups keep the options that they have now."""
     old, new = _numbers(found), _numbers(present)
     if _kind(found) != _kind(present):
@@ -63,7 +63,7 @@ def _moments(found: Checkpoint, present: Checkpoint) -> tuple[dict[str, torch.Te
     shared = [name for name in new if name in old and _same_shape(name, found, present)]
     numbers = {str(old[name]): new[name] for name in shared}
 
-    def renumbered(entries: dict[str, Any]) -> dict[str, Any]:
+    def renumbered(entries: Mapping[str, Any]) -> dict[str, Any]:
         parts = [(*name.partition("."), value) for name, value in entries.items()]
         return {f"{numbers[number]}.{key}": value for number, _, key, value in parts if number in numbers}
 

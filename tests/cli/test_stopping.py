@@ -165,3 +165,18 @@ def test_a_process_that_is_terminated_saves_and_goes_on(command: tuple[object, .
         again = cli(*short)
     assert again.code == 75
     assert f"going on after step {reached} of 100000" in again.err
+
+
+@pytest.mark.parametrize("word", ["run", "finetune", "crossval", "generate"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_before_any_stage_ends_what_can_be_run_again(word: str, number: signal.Signals) -> None:
+    """A cluster may send one while everything is still imported: the job is to be put back into the queue."""
+    script = "import os, sys; from llmkit.cli import app; number = int(sys.argv.pop()); "
+    script += "app.app = lambda **options: os.kill(os.getpid(), number); app.main()"
+    done = subprocess.run([sys.executable, "-c", script, word, str(int(number))], capture_output=True, text=True)
+    assert done.stdout == ""
+    if word == "generate":
+        assert (done.returncode, done.stderr) == (-number, "")
+    else:
+        assert done.returncode == 75
+        assert done.stderr == f"llmkit: stopped by {number.name}; run the same command again to go on\n"

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from llmkit import catalog
 from llmkit.optim import build_optimizer
-from llmkit.run.checkpoint import optimizer_from_parts, optimizer_to_parts
+from llmkit.optim.state import optimizer_from_parts, optimizer_to_parts
 
 
 @pytest.mark.parametrize(

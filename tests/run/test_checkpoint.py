@@ -12,8 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from llmkit.files import link_file
+from llmkit.optim.state import optimizer_from_parts, optimizer_to_parts
 from llmkit.run import checkpoint as module
-from llmkit.run.checkpoint import Checkpoint, Checkpoints, link_file, optimizer_from_parts, optimizer_to_parts
+from llmkit.run.checkpoint import Checkpoint, Checkpoints
 
 
 def some(step: int, best: Path | None = None) -> Checkpoint:

@@ -204,6 +204,15 @@ def test_a_changed_key_runs_exactly_what_depends_on_it(
     assert running(cli("run", project.run)) == ()
 
 
+def test_a_key_that_an_older_llmkit_did_not_leave_out_is_named(project: Project, cli: Cli) -> None:
+    record = project.record()
+    entry = record["stages"]["evaluate"]
+    entry["inputs"]["recipe.evaluate.gone"], entry["fingerprint"] = None, "0" * 64
+    (project.run / "run.json").write_text(json.dumps(record))
+    why = decisions(cli("run", project.recipe, "-o", project.run))["evaluate"][1]
+    assert why == "changed: evaluate.gone None -> None"
+
+
 def touch(project: Project) -> None:
     for file in (project.chat, project.text, project.recipe):
         os.utime(file, (1e9, 1e9))

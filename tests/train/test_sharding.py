@@ -1,4 +1,4 @@
-"""Parameters spread over processes learn what whole ones learn, and what is saved does not know of it."""
+"""Parameters spread over processes learn what whole ones learn, and any number of processes goes on from what is saved."""
 
 from __future__ import annotations
 
@@ -131,11 +131,17 @@ def test_it_goes_on_in_another_way(place: str, folder: Path, found: Found) -> No
         torch.testing.assert_close(value, whole[key], atol=1e-4, rtol=1e-3, msg=key)
 
 
-def test_a_checkpoint_holds_whole_tensors(folder: Path) -> None:
+def test_each_process_writes_its_rows(folder: Path, found: Found) -> None:
     newest, plain = (folder / place / "checkpoints" / "step-00000006" for place in ("to-three", "to-spread"))
-    for name in ("weights.safetensors", "optimizer.safetensors"):
-        spread, whole = load_file(newest / name), load_file(plain / name)
-        assert {key: tensor.shape for key, tensor in spread.items()} == {k: t.shape for k, t in whole.items()}
+    names = {path.name for path in newest.glob("*.safetensors")}
+    parts = [f"{kind}-0000{part}-of-00002.safetensors" for kind in ("weights", "optimizer") for part in (1, 2)]
+    assert names == {*parts, "best.safetensors"}
+    for kind in ("weights", "optimizer"):
+        own = [load_file(newest / f"{kind}-0000{part}-of-00002.safetensors") for part in (1, 2)]
+        for key, whole in load_file(plain / f"{kind}.safetensors").items():
+            rows = [part[key] for part in own if key in part]
+            assert torch.cat(rows).shape == whole.shape if whole.ndim else len(rows) == 1, key
+            assert max(map(len, rows)) <= -(-len(whole) // 2) if whole.ndim else True, key
 
 
 def test_divergence_is_written_out(folder: Path, found: Found) -> None:
