@@ -86,7 +86,7 @@ def _allotted(count: int, sizes: np.ndarray) -> np.ndarray:
 def copies(row: dict[str, Any], weight: float) -> int:
     """How often a row of a source with this weight stands in an epoch: 0.5 takes half of the rows, 2.5 each 2 or 3 times."""
     whole = int(weight)
-    return whole + (position(row, "weight") < weight - whole)
+    return whole if weight == whole else whole + (position(row, "weight") < weight - whole)
 
 
 def _normalised(value: Any) -> Any:

@@ -71,11 +71,12 @@ def _register() -> None:
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import eager_mask
 
-    AttentionInterface.register(PACKED, packed_attention)
+    uncompiled = torch.compiler.disable  # which takes a second to import; they would be compiled anew for each length
+    AttentionInterface.register(PACKED, uncompiled(packed_attention))
     AttentionMaskInterface.register(PACKED, _no_mask)
     AttentionInterface.register(OUTLINE, outline_attention)
     AttentionMaskInterface.register(OUTLINE, _no_mask)
-    AttentionInterface.register(PRODUCTS, products_attention)
+    AttentionInterface.register(PRODUCTS, uncompiled(products_attention))
     AttentionMaskInterface.register(PRODUCTS, eager_mask)
 
 
@@ -83,7 +84,6 @@ def _no_mask(*arguments: Any, **options: Any) -> None:
     """Packed attention needs no mask: the ends of the examples say all."""
 
 
-@torch.compiler.disable  # it would be compiled anew for each length
 def packed_attention(
     module: torch.nn.Module,
     query: torch.Tensor,  # (1, H, T, D)
@@ -128,7 +128,6 @@ def packed_attention(
     return found[0] if len(found) == 1 else torch.cat(found, dim=1), None
 
 
-@torch.compiler.disable
 def products_attention(
     module: torch.nn.Module,
     query: torch.Tensor,  # (B, H, L, D)
