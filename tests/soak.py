@@ -39,7 +39,7 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 _CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.truncate", "os.symlink")
 _OF_THE_TIME = re.compile("second|memory|time|created|started")  # what is never the same
-_PARTS = ("weights.safetensors", "optimizer.safetensors", "best.safetensors", "state.json", "manifest.json")
+_PART = re.compile(r"(weights|optimizer|best)(-\d+-of-\d+)?\.safetensors|state\.json|manifest\.json")  # of a checkpoint
 _LEFT_OVER = re.compile(r"(^|/)(\.[^/]*\.\d+\.tmp|\.tmp\w{6})$")  # llmkit's own, and those of safetensors
 _LONGEST_LIFE = 900.0  # seconds
 
@@ -128,6 +128,17 @@ VARIATIONS = (
             "data": {"train": ROWS, "eval": "20%"},
             "stages": ["preprocess", "finetune"],
             "finetune": OFTEN | {"steps": 10, "eval_every": 3, "precision": "fp32"},
+        },
+        processes=2,
+    ),
+    Variation(
+        "two processes, spread",
+        {
+            "task": "chat",
+            "parallel": "fsdp",
+            "data": {"train": ROWS, "eval": "20%"},
+            "stages": ["preprocess", "finetune"],
+            "finetune": OFTEN | {"steps": 10, "eval_every": 3, "ema": 0.8, "precision": "fp32"},
         },
         processes=2,
     ),
@@ -266,7 +277,7 @@ def _become(
                 counted(fit, *given)
 
             Fit._count = count  # type: ignore[method-assign]
-            _count_operations(run, counters, death, tell)
+        _count_operations(run, counters, death, tell)
         sys.argv = ["llmkit", *arguments]
         main()
     except SystemExit as ended:
@@ -310,7 +321,7 @@ def _count_operations(run: Path, counters: Shared, death: Death | None, tell: in
 
 
 def _on_checkpoint(name: str) -> bool:
-    return "checkpoints" in name or ".step-" in name or name in _PARTS
+    return "checkpoints" in name or ".step-" in name or _PART.fullmatch(name) is not None
 
 
 def _free_port() -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from dataclasses import asdict
 
 from llmkit.cli.console import make_table, standard_error, standard_output
@@ -15,6 +16,7 @@ _COLUMNS = ("rank", "host", "process", "device", "free", "versions", "clock")
 
 def probe_command(within: str, *, as_json: bool) -> None:
     """Compares the processes and measures how they talk; the first one prints it."""
+    warnings.simplefilter("ignore")  # Accelerate's, of settings for training
     count, lead = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0")) == 0
     with errors_shown(as_json=as_json and lead):
         from llmkit.stages import probe

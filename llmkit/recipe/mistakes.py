@@ -26,6 +26,7 @@ _SENTENCE = (
     "names ",
     "`",
 )  # messages of the schema that need no "expected"
+_NOT_BOTH = re.compile(r"takes `([\w.]+)` or `[\w.]+`, not both")
 _EXPECTED = {
     "string_type": "text",
     "string_too_short": "text that is not empty",
@@ -94,6 +95,12 @@ def _without_branches(location: Keys, kind: str, values: Any) -> tuple[Keys, boo
     return tuple(keys), len(keys) < len(location)
 
 
+def _one_of_two(path: str, said: str) -> str | None:
+    """How to take back a key of a file on the command line, where another key excludes it."""
+    pair = _NOT_BOTH.match(said)
+    return f"leave one of them out: --set {'.'.join(filter(None, (path, pair[1])))}=null does" if pair else None
+
+
 def _problems(mistakes: list[_Mistake], place: str | None) -> list[Problem]:
     """What is wrong with one value."""
     first = mistakes[0]
@@ -109,7 +116,8 @@ def _problems(mistakes: list[_Mistake], place: str | None) -> list[Problem]:
     message = first.message.removeprefix("Value error, ")
     if first.kind == "value_error" and message.startswith(_SENTENCE):
         subject = f"`{path}`" if path else "the recipe"
-        return [Problem(f"{subject} {sentence}", where=place) for sentence in message.split("\n")]
+        sentences = message.split("\n")
+        return [Problem(f"{subject} {said}", hint=_one_of_two(path, said), where=place) for said in sentences]
     expected, hints = [], []
     for mistake in mistakes:
         text, hint = _expectation(mistake)

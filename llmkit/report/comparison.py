@@ -83,7 +83,8 @@ def losses(record: Record, stage: str) -> dict[str, Any]:
     found: dict[str, Any] = {}
     train, held_out = record.log.curve(stage, "loss"), record.log.curve(stage, "eval_loss")
     if train is not None:
-        found |= {"steps": train.last[0], "last_train_loss": train.last[1]}
+        steps = record.metrics(stage).get("steps", train.last[0])  # not each one is in the log
+        found |= {"steps": steps, "last_train_loss": train.last[1]}
     if held_out is not None:
         found |= {"last_eval_loss": held_out.last[1]}
         found |= {"best_eval_loss": held_out.lowest[1], "best_step": held_out.lowest[0]}

@@ -66,6 +66,7 @@ def test_json(runs: list[Path], cli: Cli) -> None:
         "peak_memory_bytes": 3 << 30,
     }
     assert first["losses"]["finetune"]["best_step"] == 40
+    assert second["losses"]["finetune"]["steps"] == 40, "those that were taken, of which 30 are in the log"
     assert found["recipe_differences"] == {"seed": [17, 18], "finetune.lr": [0.0002, 0.001]}
 
 

@@ -35,7 +35,7 @@ def test_killed_at_random_it_ends_as_if_nothing_had_been(tmp_path: Path) -> None
 
 @pytest.mark.slow
 def test_the_other_ways_to_train(tmp_path: Path) -> None:
-    others = ("bf16, an adapter", "unfreezing", "from scratch to export", "two processes")
-    counts = soak(tmp_path, "--kills", 8, "--seed", 4, "--only", *others)
-    assert len(counts) == 4
-    check(counts, 8)
+    others = ("bf16, an adapter", "unfreezing", "from scratch to export", "two processes", "two processes, spread")
+    counts = soak(tmp_path, "--kills", 10, "--seed", 4, "--only", *others)
+    assert len(counts) == 5
+    check(counts, 10)

@@ -106,5 +106,7 @@ def test_values_out_of_range_name_their_key(given: dict[str, Any]) -> None:
 
 
 def test_a_batch_is_of_examples_or_of_tokens() -> None:
-    with pytest.raises(RecipeError, match="`batch_size` or `batch_tokens`, not both"):
+    with pytest.raises(RecipeError, match="`batch_size` or `batch_tokens`, not both") as caught:
         recipe(batch_size=8, batch_tokens=4096)
+    [problem] = caught.value.problems
+    assert problem.hint == "leave one of them out: --set finetune.batch_size=null does"
