@@ -15,7 +15,8 @@ def optimizer_to_parts(optimizer: torch.optim.Optimizer) -> tuple[dict[str, torc
     for number, entries in state["state"].items():
         for key, value in entries.items():
             if isinstance(value, torch.Tensor):
-                tensors[f"{number}.{key}"] = value.detach().cpu().contiguous()
+                own = value.detach().cpu().contiguous()
+                tensors[f"{number}.{key}"] = own if own.ndim else own.clone()  # a step counted on the CPU goes on
             else:
                 values[f"{number}.{key}"] = value
     groups = [{k: v for k, v in group.items() if not isinstance(v, torch.Tensor)} for group in state["param_groups"]]

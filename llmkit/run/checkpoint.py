@@ -35,7 +35,6 @@ BEST, MANIFEST, STATE = "best.safetensors", "manifest.json", "state.json"
 _TENSORS = ("weights", "optimizer")
 _NAME = re.compile(r"step-\d{8,18}", re.ASCII)
 _MANIFEST_BYTES = 2**20  # more is no manifest of ours
-_WRITING = (OSError, SafetensorError)
 _Given = TypeVar("_Given")
 
 
@@ -86,6 +85,16 @@ class _Rows(Mapping[str, torch.Tensor]):
     def __len__(self) -> int:
         return len(self._names)
 
+    def unfit(self) -> Iterator[str]:
+        """The names of those whose parts are no rows of one tensor."""
+        for name in self._names:
+            shapes = {
+                (tensor.dtype, *tensor.shape[1:]) for file in self.files if (tensor := file.get(name)) is not None
+            }
+            scalars = [file for file in self.files if name in file and not file[name].ndim]
+            if len(shapes) > 1 or (scalars and sum(name in file for file in self.files) > 1):
+                yield name
+
     def changed(self, change: Callable[[torch.Tensor], torch.Tensor]) -> _Rows:
         """The same rows, changed."""
         return _Rows([{name: change(tensor) for name, tensor in file.items()} for file in self.files])
@@ -105,14 +114,14 @@ class Writers:
         return self.number == 0
 
     def agree(self, work: Callable[[], _Given]) -> list[_Given]:
-        """What each process's work gives; where it fails to write in one, OSError everywhere."""
+        """What each process's work gives; where it fails in one, that raises its error and the others OSError."""
         given: _Given | None = None
-        failure: OSError | SafetensorError | None = None
+        failure: Exception | None = None
         try:
             given = work()
-        except _WRITING as error:
+        except Exception as error:
             failure = error
-        found = self.exchange((given, None if failure is None else str(failure)))
+        found = self.exchange((given, None if failure is None else str(failure) or type(failure).__name__))
         if failure is not None:
             raise failure
         for number, (_, why) in enumerate(found):
@@ -267,29 +276,11 @@ class Checkpoints:
         started, target = time.monotonic(), self.folder / f"step-{step:08d}"
         try:
             parts = self.writers.agree(lambda: self._write_tensors(aside, checkpoint))
-            if not self.writers.leads:
-                return target
-            state = {"optimizer": checkpoint.optimizer_values, "train": checkpoint.state}
-            write_json(aside / STATE, state)
-            if (aside / STATE).read_text(encoding="utf-8") != json_text(state):
-                raise OSError(f"{STATE} reads as another text than was written")
-            if (aside / BEST).exists():
-                _load(aside / BEST)  # these may be the only copy
-                sync_file(aside / BEST)
-            files = {name: entry for part in parts for name, entry in part.items()}
-            files |= {name: _entry(aside / name) for name in (BEST, STATE) if (aside / name).exists()}
-            about = {"format": FORMAT, "llmkit": __version__, "step": step, "fingerprint": self.fingerprint}
-            write_json(aside / MANIFEST, about | {"files": files})
+            self.writers.agree(lambda: self._finish(aside, target, checkpoint, parts) if self.writers.leads else None)
         except BaseException:
             if self.writers.leads:
                 shutil.rmtree(aside, ignore_errors=True)  # a full disk gets its space back
             raise
-        if target.exists():
-            target.rename(aside.with_suffix(".old"))
-        aside.rename(target)
-        sync_folder(self.folder)
-        _remove(aside.with_suffix(".old"))
-        self.prune()
         self.seconds = max(self.seconds, time.monotonic() - started)
         return target
 
@@ -304,6 +295,26 @@ class Checkpoints:
                 raise OSError(f"{name} reads as other numbers than were written")
             entries[name] = _entry(aside / name)
         return entries
+
+    def _finish(self, aside: Path, target: Path, checkpoint: Checkpoint, parts: list[dict[str, Any]]) -> None:
+        """Writes what is not rows, and puts all of it into its place."""
+        state = {"optimizer": checkpoint.optimizer_values, "train": checkpoint.state}
+        write_json(aside / STATE, state)
+        if (aside / STATE).read_text(encoding="utf-8") != json_text(state):
+            raise OSError(f"{STATE} reads as another text than was written")
+        if (aside / BEST).exists():
+            _load(aside / BEST)  # these may be the only copy
+            sync_file(aside / BEST)
+        files = {name: entry for part in parts for name, entry in part.items()}
+        files |= {name: _entry(aside / name) for name in (BEST, STATE) if (aside / name).exists()}
+        about = {"format": FORMAT, "llmkit": __version__, "step": step_of(target), "fingerprint": self.fingerprint}
+        write_json(aside / MANIFEST, about | {"files": files})
+        if target.exists():
+            target.rename(aside.with_suffix(".old"))
+        aside.rename(target)
+        sync_folder(self.folder)
+        _remove(aside.with_suffix(".old"))
+        self.prune()
 
     def prune(self) -> None:
         """Deletes the checkpoints that need not be kept."""
@@ -344,6 +355,8 @@ class Checkpoints:
             for name, tensor in file.items():
                 if tensor.is_floating_point() and not torch.isfinite(tensor).all():
                     raise ArtifactError("numbers in it are not finite", got=name, where=path)
+        for name in (*weights.unfit(), *optimizer.unfit()):
+            raise ArtifactError("its rows in several files do not go together", got=name, where=path)
         best = path / BEST if BEST in manifest["files"] else None
         return Checkpoint(weights, optimizer, state["optimizer"], state["train"], best, fingerprint, step_of(path))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from datetime import timedelta
 from functools import partial
 from typing import Any
 
@@ -18,6 +19,7 @@ from llmkit.model.objective import Objective
 from llmkit.model.precision import choose_precision
 from llmkit.optim import build_optimizer, build_schedule
 from llmkit.recipe.training import Training
+from llmkit.recipe.values import seconds_of
 from llmkit.run.directory import Artifact
 from llmkit.run.log import MetricsLog
 from llmkit.stages.base import parts_of, relative_files, within
@@ -131,6 +133,7 @@ def make_fit(job: TrainingJob, accelerator: Any) -> Fit:
         deadline=run.deadline,
         save_last=True,
         group_rows=tuple(rows),
+        writers=masters.writers(timedelta(seconds=seconds_of(job.recipe.launch.hang_after))),
         save_behind=_has_room_for_copy(masters, training, sizing, device),
         accepted=run.stage(job.stage).get("accepts", ()),
         state=TrainState(micro_batch_tokens=sizing.micro_batch_tokens),

@@ -95,7 +95,9 @@ class Keeper:
                 self.checkpoints.write(state.step, checkpoint, before)
                 self.failures = 0
             else:
-                self.checkpoints.write_behind(state.step, checkpoint.copied(), before)
+                if self.accelerator.device.type == "cpu":  # else it is a copy already
+                    checkpoint = checkpoint.copied()
+                self.checkpoints.write_behind(state.step, checkpoint, before)
         except _WRITING as error:
             self._note_failure(error)
             if at_once:

@@ -25,7 +25,7 @@ from llmkit.model.prefix import frozen_prefix, train_but_still
 from llmkit.optim.schedules import Progress
 from llmkit.recipe.training import Training
 from llmkit.recipe.values import count_of
-from llmkit.run.checkpoint import Checkpoints
+from llmkit.run.checkpoint import Checkpoints, Writers
 from llmkit.train.divergence import CONSEQUENCE, Trouble, Watch, diverged, losses_of, write_out
 from llmkit.train.held_out import held_out_loss
 from llmkit.train.hooks import Hook, tell
@@ -70,6 +70,7 @@ class Fit:
     save_behind: bool = False  # there is memory for a copy of what is saved
     group_rows: Sequence[tuple[Any, ...]] = ()  # of the groups of parameters, for people
     save_last: bool = False  # the last step too: what comes after it may be stopped as well
+    writers: Writers = field(default_factory=Writers)  # of checkpoints
     accepted: Sequence[str] = ()  # fingerprints of other inputs from whose checkpoints to take what fits
     state: TrainState = field(default_factory=TrainState)
 
@@ -100,7 +101,7 @@ class Fit:
                 training.keep_every,
                 self.accepted,
                 self._is_anchor,
-                self.masters.writers(),
+                self.writers,
             ),
             self.masters,
             self.optimizer,
@@ -209,7 +210,7 @@ class Fit:
 
     def _stop(self, hooks: Sequence[Hook], request: StopRequest) -> None:
         """Saves, and raises why training stops."""
-        if any(self.stepper.sum_over_processes([int(self.keeper.gave_up)])):  # which only the first process knows
+        if any(self.stepper.sum_over_processes([int(self.keeper.gave_up)])):  # which not all need to know
             raise self.keeper.error()
         self._save(hooks, at_once=True)
         raise request.error(self.state.step, in_time=self.times.must_stop())

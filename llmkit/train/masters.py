@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -152,8 +153,8 @@ class Masters:
         """What this process saves of tensors that belong to parameters, on the CPU: names to the parameter's and the tensor."""
         return {key: tensor.detach().cpu().contiguous() for key, (_, tensor) in rows.items()}
 
-    def writers(self) -> Writers:
-        """Who writes a checkpoint; every process must call it."""
+    def writers(self, silence: timedelta) -> Writers:
+        """Who writes a checkpoint, and waits so long for each other; every process must call it."""
         return Writers()
 
     def rows(self, name: str, whole: torch.Tensor) -> torch.Tensor:
@@ -169,7 +170,7 @@ class Masters:
 
     @torch.no_grad()
     def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Puts back what `whole` gave; meta tensors stand for what is to stay."""
+        """Puts back what `whole` gave, or all that `saved` gave in each; meta tensors stand for what is to stay."""
         for name, known in self._saved().items():
             value = tensors[name]
             if not value.is_meta:

@@ -2,7 +2,7 @@
 
 Each process holds its rows of every parameter in fp32 and what the optimizer knows of them; a block's rows come together,
 in the precision to compute in, while it computes. Whatever an optimizer does to each number by itself it can do to rows.
-What is saved is whole, so that a training may go on in another number of processes, or without sharding.
+Each writes its rows of a checkpoint, from which a training goes on in any number of processes, also without sharding.
 Zhao et al., 2023: https://arxiv.org/abs/2304.11277
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -137,9 +138,9 @@ class ShardedMasters(Masters):
             if self._process == 0 or (name in self.weights and tensor.shape == self.weights[name].shape)
         }
 
-    def writers(self) -> Writers:
+    def writers(self, silence: timedelta) -> Writers:
         """All processes; they speak in a group of their own, as checkpoints are written while training goes on."""
-        group = torch.distributed.new_group(backend="gloo")
+        group = torch.distributed.new_group(backend="gloo", timeout=silence)
 
         def exchange(own: Any) -> list[Any]:
             found: list[Any] = [None] * self._processes

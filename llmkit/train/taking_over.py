@@ -49,10 +49,11 @@ def fitting_parts(found: Checkpoint, present: Checkpoint, tell: Callable[[str], 
 
 
 def _matching(found: Mapping[str, torch.Tensor], present: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    def fits(name: str, tensor: torch.Tensor) -> bool:
-        return name in found and (found[name].shape, found[name].dtype) == (tensor.shape, tensor.dtype)
+    def better(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        own = found.get(name)
+        return tensor if own is None or (own.shape, own.dtype) != (tensor.shape, tensor.dtype) else own
 
-    return {name: found[name] if fits(name, tensor) else tensor for name, tensor in present.items()}
+    return {name: better(name, tensor) for name, tensor in present.items()}
 
 
 def _moments(found: Checkpoint, present: Checkpoint) -> tuple[Mapping[str, torch.Tensor], dict[str, Any]]:

@@ -6,6 +6,7 @@ import json
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -180,6 +181,69 @@ def test_one_that_is_not_complete_is_set_aside(tmp_path: Path, name: str) -> Non
     assert found is not None
     assert found.step == 4
     assert "step-00000006" in warning
+
+
+UNFIT: dict[str, dict[str, torch.Tensor]] = {
+    "a number in two files": {"0.step": torch.tensor(5.0)},
+    "other columns": {"0.exp_avg": torch.zeros(2, 4)},
+    "another type": {"0.exp_avg": torch.zeros(2, 3, dtype=torch.float64)},
+    "more dimensions": {"0.exp_avg": torch.zeros(2, 3, 1)},
+}
+
+
+@pytest.mark.parametrize("name", UNFIT)
+def test_rows_that_do_not_go_together_are_refused(tmp_path: Path, name: str) -> None:
+    processes = Processes(tmp_path)
+    processes.write(4)
+
+    def write(own: Checkpoints, number: int) -> Path:
+        part = processes.part(number, 6)
+        return own.write(
+            6, replace(part, optimizer_tensors={**part.optimizer_tensors, **(UNFIT[name] if number else {})})
+        )
+
+    processes.each(write)
+    found, [warning] = read(tmp_path)
+    assert found is not None
+    assert found.step == 4
+    assert "do not go together" in warning
+
+
+@pytest.mark.parametrize("failing_call", ["write_json", "sync_folder"])
+def test_where_the_first_one_cannot_publish_the_others_know(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing_call: str
+) -> None:
+    def refuse(*given: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    processes = Processes(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, failing_call, refuse)
+        errors = processes.write(4)
+    assert [type(error) for error in errors] == [OSError] * 3
+    assert all("No space left" in str(error) for error in errors)
+
+
+def test_an_error_of_one_does_not_leave_the_others_waiting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = module.save_file
+
+    def exhaust(tensors: Any, file: Path) -> None:
+        if "00002" in file.name:
+            raise MemoryError
+        real(tensors, file)
+
+    monkeypatch.setattr(module, "save_file", exhaust)
+    processes = Processes(tmp_path)
+
+    def write(own: Checkpoints, number: int) -> Any:
+        try:
+            return own.write(4, processes.part(number, 4))
+        except MemoryError as error:
+            return error
+
+    first, second, third = processes.each(write)
+    assert isinstance(second, MemoryError)
+    assert (type(first), type(third)) == (OSError, OSError)
 
 
 def test_older_ones_are_deleted_once(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -143,6 +144,7 @@ def make_fit(folder: Path, train: Corpus, held_out: Corpus | None = None, **give
         folder=folder,
         fingerprint=own["fingerprint"],
         warn=own["warn"],
+        writers=masters.writers(timedelta(minutes=5)),
         state=TrainState(micro_batch_tokens=None if limit == "auto" else limit),
     )
 
