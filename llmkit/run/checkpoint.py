@@ -50,17 +50,22 @@ class Checkpoint:
     fingerprint: str = ""
     step: int = 0
 
-    def copied(self) -> Checkpoint:
-        """The same with tensors of its own, which training does not change."""
-        return self._with(torch.Tensor.clone)
+    def copied(self, before: Checkpoint | None = None) -> Checkpoint:
+        """The same with tensors of its own, which training does not change: those of a copy from `before`, where they fit.
+
+        Memory that was never touched is several times slower to write to.
+        """
+        old = ({}, {}) if before is None else (before.weights, before.optimizer_tensors)
+        weights, moments = (
+            {name: _copy(tensor, into.get(name)) for name, tensor in tensors.items()}
+            for tensors, into in zip((self.weights, self.optimizer_tensors), old, strict=True)
+        )
+        return replace(self, weights=weights, optimizer_tensors=moments)
 
     def outlined(self) -> Checkpoint:
         """The same with meta tensors."""
-        return self._with(lambda tensor: tensor.to("meta"))
-
-    def _with(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Checkpoint:
         weights, moments = (
-            tensors.changed(change) if isinstance(tensors, _Rows) else {n: change(t) for n, t in tensors.items()}
+            tensors.outlined() if isinstance(tensors, _Rows) else {n: t.to("meta") for n, t in tensors.items()}
             for tensors in (self.weights, self.optimizer_tensors)
         )
         return replace(self, weights=weights, optimizer_tensors=moments)
@@ -95,9 +100,9 @@ class _Rows(Mapping[str, torch.Tensor]):
             if len(shapes) > 1 or (scalars and sum(name in file for file in self.files) > 1):
                 yield name
 
-    def changed(self, change: Callable[[torch.Tensor], torch.Tensor]) -> _Rows:
-        """The same rows, changed."""
-        return _Rows([{name: change(tensor) for name, tensor in file.items()} for file in self.files])
+    def outlined(self) -> _Rows:
+        """The same as meta tensors."""
+        return _Rows([{name: tensor.to("meta") for name, tensor in file.items()} for file in self.files])
 
 
 @dataclass(frozen=True)
@@ -415,6 +420,11 @@ def checked_manifest(path: Path) -> dict[str, Any]:
         if digest_file(part) != entry.get("sha256"):
             raise ArtifactError("a checksum does not hold", got=name, where=path)
     return known
+
+
+def _copy(tensor: torch.Tensor, into: torch.Tensor | None) -> torch.Tensor:
+    fits = into is not None and (into.shape, into.dtype) == (tensor.shape, tensor.dtype)
+    return into.copy_(tensor) if into is not None and fits else tensor.clone()
 
 
 def _load(path: Path) -> dict[str, torch.Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,7 @@ class Keeper:
     saved_step: int | None = None
     failures: int = 0  # in a row
     failed: bool = False  # since it was last asked for
+    _copy: Checkpoint | None = field(default=None, init=False)  # what was written behind last
 
     @property
     def _writes(self) -> bool:
@@ -96,7 +97,7 @@ class Keeper:
                 self.failures = 0
             else:
                 if self.accelerator.device.type == "cpu":  # else it is a copy already
-                    checkpoint = checkpoint.copied()
+                    checkpoint = self._copy = checkpoint.copied(self._copy)
                 self.checkpoints.write_behind(state.step, checkpoint, before)
         except _WRITING as error:
             self._note_failure(error)
@@ -179,6 +180,7 @@ class Keeper:
         The last ones are kept in a checkpoint when they are not those.
         """
         self.collect(wait=True)
+        self._copy = None
         if self.accelerator.is_main_process:
             with suppress(OSError):
                 self.checkpoints.prune()  # what a process that was killed had not come to
