@@ -506,8 +506,9 @@ def schema() -> None:
 def main() -> None:
     """The console script: runs a command and exits with its code."""
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # PyTorch's own switch: huge pages for large tensors on a CPU
-    # libgomp's own: threads that wait give their core away soon. On a busy machine they else hold up those they wait for.
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    # libgomp's own: threads that wait give their core away after half a millisecond, a tenth of what they do unasked. On a
+    # busy machine they else hold up those they wait for; much less, and training on an idle one is a fifth slower.
+    os.environ.setdefault("GOMP_SPINCOUNT", "30000")
     launched = not {"SLURM_STEP_ID", "RANK", "WORLD_SIZE"}.isdisjoint(os.environ)
     if launched and sys.argv[1:2] and sys.argv[1] in (*_STAGE_HELP, "probe"):
         _take_place()

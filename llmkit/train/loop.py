@@ -195,6 +195,7 @@ class Fit:
             for hook in hooks:
                 hook.close()
         if self.save_last and self.keeper.saved_step != self.state.step:
+            self.keeper.behind = False  # nothing goes on meanwhile, for which to copy all of it
             self._save(hooks)
         self.keeper.settle(self.state, self.training.keep)
         return self.state
