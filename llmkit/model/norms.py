@@ -64,7 +64,7 @@ class _RMSNorm(torch.autograd.Function):
         own.add_((mean * scale).to(own.dtype))
         if not ctx.needs_input_grad[1]:
             return own, None, None
-        by_row = (gradient * x).view(-1, size)  # (N, D)
+        by_row = (gradient * x).reshape(-1, size)  # (N, D)
         return own, torch.mm(scale.view(1, -1).to(by_row.dtype), by_row).view_as(weight), None
 
 

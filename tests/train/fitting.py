@@ -30,7 +30,7 @@ from llmkit.train.sharding import ShardedMasters
 from llmkit.train.state import TrainState, seed_everything
 from llmkit.train.step import StepResult
 
-FAMILIES = ("llama", "gpt2", "mistral", "qwen2", "gemma2", "granite", "cohere")
+FAMILIES = ("llama", "gpt2", "mistral", "qwen2", "qwen3", "gemma2", "granite", "cohere")
 WORDS = 61
 COLUMNS = {"input_ids": Column("uint8"), "supervised": Column("bool")}
 
@@ -53,6 +53,7 @@ def tiny_config(family: str, dropout: float = 0.0, **changes: Any) -> Pretrained
     own: dict[str, dict[str, Any]] = {
         "mistral": {"sliding_window": 6},
         "qwen2": {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1},
+        "qwen3": {"head_dim": 8},
         "gemma2": {
             "sliding_window": 6,
             "head_dim": 8,
