@@ -121,7 +121,7 @@ class Layout:
     @property
     def runs(self) -> bool:
         """True for what llmkit itself does today; the rest is for comparison, and for other trainers."""
-        return self.name in ("ddp", "fsdp", "one GPU")
+        return self.name in ("one GPU", "ddp", "fsdp", "tensor", "tensor x fsdp")
 
     @property
     def ranks(self) -> int:

@@ -246,6 +246,12 @@ class Launch(Section):
         return self
 
 
+class Parallel(Section):
+    """How many processes share the work on the same examples; what they share is spread over the others, as with fsdp."""
+
+    tensor: int = Field(1, gt=0, description="processes that compute parts of each product of a block")
+
+
 class Recipe(Section):
     """The whole document."""
 
@@ -263,10 +269,11 @@ class Recipe(Section):
     evaluate: Evaluate = Evaluate()
     export: Export = Export()
     launch: Launch = Launch()
-    parallel: Literal["auto", "ddp", "fsdp"] = Field(
+    parallel: Literal["auto", "ddp", "fsdp", "tensor"] | Parallel = Field(
         "auto",
         description="how several processes train: ddp, each with the whole model; fsdp, with a share of its weights, "
-        "gradients and optimizer state; auto: ddp where that fits",
+        "gradients and optimizer state; tensor, those of one machine with a part of each product; auto: ddp or fsdp; "
+        "or sizes: {tensor: 2}",
         json_schema_extra=NO_RESULT,
     )
     max_time: Duration | None = Field(

@@ -1,4 +1,6 @@
-"""How the processes of a training share its work: each with the whole model, or each with its rows of all parameters."""
+"""How the processes of a training share its work: each with the whole model, with its rows of all parameters, or with a
+part of each product as well.
+"""
 
 from __future__ import annotations
 
@@ -10,47 +12,99 @@ import torch
 
 from llmkit.errors import RecipeError
 from llmkit.model.adapters import in_four_bits
+from llmkit.model.tensor_parallel import tensor_plan
+from llmkit.recipe.schema import Parallel
 from llmkit.stages.job import TrainingJob
 from llmkit.stages.sizing import Sizing, available_bytes
+from llmkit.train.mesh import Mesh
 from llmkit.train.sharding import ELEMENTWISE
 
 
 def share_of_memory(device: torch.device) -> int:
     """The bytes that this process may fill; those of one machine's CPU share its memory."""
-    neighbours = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if device.type == "cpu" else 1
+    neighbours = _neighbours() if device.type == "cpu" else 1
     return available_bytes(device) // neighbours
 
 
 def choose_parallel(
-    job: TrainingJob, accelerator: Any, precision: str, available: int, size: Callable[[int], Sizing]
-) -> tuple[Sizing, bool]:
-    """The sizing of a training, and whether it spreads its parameters over the processes; says why.
+    job: TrainingJob, accelerator: Any, precision: str, available: int, size: Callable[[Mesh | None], Sizing]
+) -> tuple[Sizing, Mesh | None]:
+    """The sizing of a training, and the mesh over which its parameters are spread, None for nowhere; says why.
 
-    `size` gives the sizing with parameters spread over so many. Raises RecipeError when the recipe asks for what cannot be.
+    `size` gives the sizing for a mesh. Raises RecipeError when the recipe asks for what cannot be.
     """
     wanted, processes, guess = job.recipe.parallel, accelerator.num_processes, job.run.guess
     if processes == 1:
-        asked = {"parallel": wanted == "fsdp", "local": job.training.local is not None}
+        asked = {"parallel": wanted not in ("auto", "ddp"), "local": job.training.local is not None}
         for key in (key for key, is_asked in asked.items() if is_asked):
             guess(f"{job.stage}.{key}", "none", "there is one process, and nobody to share with")
-        return size(1), False
+        return size(None), None
     against = _why_not_spread(job, precision)
-    if wanted == "fsdp" and against is not None:
-        raise RecipeError(f"parallel: fsdp does not go with {against[0]}", hint=against[1], where="parallel")
-    whole = size(1) if wanted != "fsdp" else None
-    if whole is not None and (wanted == "ddp" or whole.memory.total <= available):
+    if wanted not in ("auto", "ddp"):
+        if against is not None:
+            raise RecipeError(
+                f"parallel: {_name(wanted)} does not go with {against[0]}", hint=against[1], where="parallel"
+            )
+        mesh = _mesh(job, wanted, accelerator)
+        return size(mesh), mesh
+    whole = size(None)
+    if wanted == "ddp" or whole.memory.total <= available:
         if wanted == "auto":
             guess(f"{job.stage}.parallel", "ddp", f"each of the {processes} processes has room for the whole model")
-        return whole, False
-    if whole is not None and against is not None:
+        return whole, None
+    if against is not None:
         guess(f"{job.stage}.parallel", "ddp", f"fsdp does not go with {against[0]}")
-        return whole, False
-    spread = size(processes)
-    if whole is not None:
-        gib, need = available / 2**30, whole.memory.total / 2**30
-        why = f"the whole model takes {need:,.1f} GiB a process, and there are {gib:,.1f}; spread, it takes "
-        guess(f"{job.stage}.parallel", "fsdp", f"{why}{spread.memory.total / 2**30:,.1f}")
-    return spread, True
+        return whole, None
+    mesh = Mesh(accelerator.process_index, processes)
+    spread = size(mesh)
+    gib, need = available / 2**30, whole.memory.total / 2**30
+    why = f"the whole model takes {need:,.1f} GiB a process, and there are {gib:,.1f}; spread, it takes "
+    guess(f"{job.stage}.parallel", "fsdp", f"{why}{spread.memory.total / 2**30:,.1f}")
+    return spread, mesh
+
+
+def named(mesh: Mesh | None, processes: int) -> str | None:
+    """How processes share a training, for people; None for one process."""
+    if mesh is None:
+        return None if processes == 1 else "ddp"
+    return (
+        "fsdp" if mesh.tensor == 1 else "tensor" if mesh.shares == 1 else f"tensor {mesh.tensor} x fsdp {mesh.shares}"
+    )
+
+
+def _mesh(job: TrainingJob, wanted: str | Parallel, accelerator: Any) -> Mesh:
+    """The mesh that a recipe asks for. Raises RecipeError when the processes or the model do not go with it."""
+    processes = accelerator.num_processes
+    sizes = wanted if isinstance(wanted, Parallel) else Parallel(tensor=_neighbours() if wanted == "tensor" else 1)
+    if processes % sizes.tensor:
+        raise RecipeError(
+            "the processes cannot be shared out so",
+            got=f"parallel.tensor: {sizes.tensor}, of {processes} processes",
+            expected=f"a number that divides {processes}",
+            where="parallel",
+        )
+    if sizes.tensor > 1:
+        why = "adapters beside its products" if job.adapter is not None else None
+        why = why or tensor_plan(job.model, sizes.tensor).why_not
+        fitting = [n for n in range(2, sizes.tensor) if not processes % n and not tensor_plan(job.model, n).why_not]
+        if why is not None:
+            sizes_that_go = f"parallel: {{tensor: {max(fitting)}}} or " if fitting and job.adapter is None else ""
+            raise RecipeError(
+                f"this model's products cannot be cut in {sizes.tensor} parts",
+                got=why,
+                hint=f"set {sizes_that_go}parallel: fsdp",
+                where="parallel",
+            )
+    return Mesh(accelerator.process_index, processes, sizes.tensor)
+
+
+def _name(wanted: str | Parallel) -> str:
+    return wanted if isinstance(wanted, str) else "tensor" if wanted.tensor > 1 else "fsdp"
+
+
+def _neighbours() -> int:
+    """How many processes this machine has."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def _why_not_spread(job: TrainingJob, precision: str) -> tuple[str, str] | None:

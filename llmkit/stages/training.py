@@ -24,7 +24,7 @@ from llmkit.run.directory import Artifact
 from llmkit.run.log import MetricsLog
 from llmkit.stages.base import parts_of, relative_files, within
 from llmkit.stages.job import TrainingJob
-from llmkit.stages.parallel import choose_parallel, share_of_memory
+from llmkit.stages.parallel import choose_parallel, named, share_of_memory
 from llmkit.stages.prefix import known_prefix
 from llmkit.stages.prefix_cache import PrefixCache
 from llmkit.stages.sizing import Outline, Sizing, available_bytes, shape_computation, size_up
@@ -40,6 +40,7 @@ from llmkit.train.hooks.progress import ProgressHook
 from llmkit.train.hooks.trackers import TrackersHook
 from llmkit.train.loop import Fit
 from llmkit.train.masters import Masters
+from llmkit.train.mesh import Mesh
 from llmkit.train.sharding import ShardedMasters
 from llmkit.train.state import TrainState, seed_everything
 from llmkit.train.thaw import Thaw, groups_by_thaw, thaws_at
@@ -73,7 +74,7 @@ def train_and_save(job: TrainingJob) -> tuple[Artifact, Fit]:
             "learning_rate": job.lr,
             "parameter_groups": list(fit.group_rows),
             "processes": accelerator.num_processes,
-            "parallel": None if accelerator.num_processes == 1 else "fsdp" if fit.masters.sharded else "ddp",
+            "parallel": named(fit.masters.mesh if fit.masters.sharded else None, accelerator.num_processes),
             "device": torch.cuda.get_device_name() if accelerator.device.type == "cuda" else accelerator.device.type,
         },
         fit.keeper.disposable(state),
@@ -87,14 +88,14 @@ def make_fit(job: TrainingJob, accelerator: Any) -> Fit:
     precision, why = choose_precision(training.precision, device)
     if why:
         run.guess(f"{job.stage}.precision", precision, why)
-    sizing, sharded = _sizing(job, precision, accelerator)
+    sizing, mesh = _sizing(job, precision, accelerator)
     if device.type == "cpu":
         keep_freed_memory(sizing.memory.total)
     else:
         torch.cuda.reset_peak_memory_stats()
     model = job.model.to(device)
     model.config.use_cache = False
-    seed_everything(job.recipe.seed + accelerator.process_index)
+    seed_everything(job.recipe.seed + (mesh.share if mesh else accelerator.process_index))
     thaws = thaws_at(job.thaws, sizing.steps)
     with within(job.stage):
         groups = parameter_groups(model, rates_of(training, job.lr), weight_decay=training.weight_decay)
@@ -105,10 +106,10 @@ def make_fit(job: TrainingJob, accelerator: Any) -> Fit:
     objective = job.task.objective(model, regularisation_of(training))
     if objective.why_padded:
         run.guess(f"{job.stage}: padded batches", True, f"examples cannot be packed: {objective.why_padded}")
-    masters = ShardedMasters(model, precision) if sharded else Masters(model, precision)
+    masters = ShardedMasters(model, precision, mesh) if mesh else Masters(model, precision)
     if job.l2_sp:
         masters.anchor((name for name in masters.weights if name not in job.new_parameters), job.l2_sp)
-    objective, train, held_out = _data(job, objective, precision, sizing, thaws, accelerator, sharded)
+    objective, train, held_out = _data(job, objective, precision, sizing, thaws, accelerator, sharded=masters.sharded)
     shape_computation(model, training)
     options = training.optimizer.options
     return Fit(
@@ -147,6 +148,7 @@ def _data(
     sizing: Sizing,
     thaws: Sequence[Thaw],
     accelerator: Any,
+    *,
     sharded: bool,
 ) -> tuple[Objective, Any, Any]:
     """The objective and the data: a stream, or corpora with what leaves the frozen blocks where that is kept."""
@@ -185,8 +187,8 @@ def regularisation_of(training: Training) -> Regularisation:
     return Regularisation(training.label_smoothing, training.neftune_alpha)
 
 
-def _sizing(job: TrainingJob, precision: str, accelerator: Any) -> tuple[Sizing, bool]:
-    """How many tokens to compute at once, and what they take, and whether parameters are spread over the processes.
+def _sizing(job: TrainingJob, precision: str, accelerator: Any) -> tuple[Sizing, Mesh | None]:
+    """How many tokens to compute at once, and what they take, and the mesh over which parameters are spread.
 
     Warns when that is more than there is memory for.
     """
@@ -207,9 +209,12 @@ def _sizing(job: TrainingJob, precision: str, accelerator: Any) -> tuple[Sizing,
         adapter=job.adapter,
     )
     available = share_of_memory(accelerator.device)
-    sizing, sharded = choose_parallel(
-        job, accelerator, precision, available, lambda shards: size_up(replace(outline, shards=shards), available)
-    )
+
+    def size(mesh: Mesh | None) -> Sizing:
+        spread = outline if mesh is None else replace(outline, shards=mesh.count, processes=mesh.shares)
+        return size_up(spread, available)
+
+    sizing, mesh = choose_parallel(job, accelerator, precision, available, size)
     job.run.reporter.note(
         f"{job.stage}: {sizing.largest:,} tokens at once at most; {sizing.memory.total / 2**30:.1f} GiB foreseen beside "
         f"the program itself, of {available / 2**30:.1f} GiB"
@@ -219,7 +224,7 @@ def _sizing(job: TrainingJob, precision: str, accelerator: Any) -> tuple[Sizing,
             f"{job.stage} may run out of memory: lower data.max_length, set {job.stage}.activation_checkpointing: true, "
             "or freeze more (`llmkit plan` shows what takes how much)"
         )
-    return sizing, sharded
+    return sizing, mesh
 
 
 def accelerator_for(training: Training, stage: str) -> Any:

@@ -39,13 +39,15 @@ def held_out_loss(
         for numbers in by_length(lengths, batch_size)
         for part in cut_corpus(corpus, numbers.tolist(), lengths, padded=padded, tokens=tokens)
     ]
-    mine = parts[accelerator.process_index :: accelerator.num_processes]
-    more = -(-len(parts) // accelerator.num_processes) - len(mine) if masters.sharded else 0  # as many as the others
+    mesh = masters.mesh
+    mine = parts[mesh.share :: mesh.shares]
+    more = -(-len(parts) // mesh.shares) - len(mine) if masters.sharded else 0  # as many as the others
     gradless = torch.no_grad() if masters.sharded else torch.inference_mode()
     with gradless, masters.computing(objective), autocast(device, precision):
         for numbers, weight in [*((numbers, 1) for numbers in mine), *[(parts[0], 0)] * more]:
             batch = objective.collate([corpus[int(number)] for number in numbers])
             loss = masters.call(objective.loss, to_device(batch, device)).item()
             sums += weight * torch.tensor([loss, objective.count(batch)], dtype=torch.float64, device=device)
+    sums *= mesh.counts
     total, count = accelerator.reduce(sums, "sum").tolist()
     return float(total / count)

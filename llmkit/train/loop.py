@@ -114,12 +114,12 @@ class Fit:
         self._read_only = [
             corpus for corpus in (self.train, self.held_out) if isinstance(corpus, Corpus | CorpusWithStates)
         ]
-        processes, process = accelerator.num_processes, accelerator.process_index
+        processes, mesh = accelerator.num_processes, self.masters.mesh
         rules = training.local if processes > 1 else None
         self.meetings = Meetings(rules, self.masters, self.optimizer, processes) if rules is not None else None
         self.keeper.meetings = self.meetings
         self.thawing = Thawing(self.masters, self.thaws, self.note, self._thawed)
-        self.feeder = Feeder(self.train, self.order, self.objective, process, processes, training.micro_batch_size)
+        self.feeder = Feeder(self.train, self.order, self.objective, mesh, training.micro_batch_size)
         self.stepper = Stepper(
             accelerator,
             self.model,

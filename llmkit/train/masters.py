@@ -17,6 +17,7 @@ import torch
 from llmkit.model.objective import Objective
 from llmkit.model.precision import compute_in
 from llmkit.run.checkpoint import Writers
+from llmkit.train.mesh import Mesh
 
 _CACHED = 2**18  # numbers: a megabyte in fp32, which stays in a processor's cache
 _SUMMED = 2**22  # numbers whose squares one fp32 sum adds up well; few enough sums for a GPU
@@ -28,7 +29,7 @@ class Masters:
     sharded = False
 
     def __init__(self, model: Any, precision: str) -> None:
-        self.model = model
+        self.model, self.mesh = model, Mesh.of_all()
         self._own = {name: p for name, p in model.named_parameters() if p.requires_grad}
         originals = compute_in(model, precision)
         self._cast = frozenset(originals)
@@ -89,9 +90,8 @@ class Masters:
                 self.weights[name].grad.zero_()  # type: ignore[union-attr]
 
     def gradient_norm(self) -> float:
-        """The Euclidean norm of all gradients. One sum in fp32 over so many numbers would lose a percent of it."""
-        squares = [torch.dot(part, part) for part in self.gradients.split(_SUMMED)]
-        return float(torch.stack(squares).double().sum().sqrt())
+        """The Euclidean norm of all gradients."""
+        return float(square_of(self.gradients).sqrt())
 
     def finish_gradients(self) -> None:
         """Ends the backward passes of a step: what got no gradient in any of them has one of zeros."""
@@ -212,6 +212,11 @@ class Masters:
             parameter.grad = None
 
         return collect
+
+
+def square_of(numbers: torch.Tensor) -> torch.Tensor:
+    """The sum of their squares, shape (), fp64. One sum in fp32 over so many numbers would lose a percent of it."""
+    return torch.stack([torch.dot(part, part) for part in numbers.split(_SUMMED)]).double().sum()
 
 
 def _loses_bits(tensor: torch.Tensor) -> bool:

@@ -11,6 +11,7 @@ from llmkit.data.batches import BatchOrder
 from llmkit.data.corpus import Corpus
 from llmkit.data.states import CorpusWithStates
 from llmkit.model.objective import Batch, Objective
+from llmkit.train.mesh import Mesh
 from llmkit.train.stream import StreamedExamples
 
 _MOST_PADDING = 0.03  # of what is computed
@@ -63,8 +64,7 @@ class Feeder:
     corpus: Corpus | CorpusWithStates | StreamedExamples
     order: BatchOrder | StreamedExamples
     objective: Objective
-    process: int
-    processes: int
+    mesh: Mesh
     micro_batch_size: int | None
     _worker: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "llmkit-batches"))
     _ahead: dict[tuple[int, int | None], Future[list[Batch]]] = field(default_factory=dict)
@@ -81,7 +81,7 @@ class Feeder:
 
     def has_share(self, step: int) -> bool:
         """True when this process has examples of its own in a step."""
-        return len(self.order.batch(step)) > self.process
+        return len(self.order.batch(step)) > self.mesh.share
 
     def forget(self) -> None:
         """Drops what was prepared ahead."""
@@ -95,7 +95,7 @@ class Feeder:
 
     def _prepare(self, step: int, tokens: int | None) -> list[Batch]:
         numbers = self.order.batch(step).tolist()
-        mine = numbers[self.process :: self.processes] or numbers[:1]
+        mine = numbers[self.mesh.share :: self.mesh.shares] or numbers[:1]
         padded, size = self.objective.padded, self.micro_batch_size
         parts = cut_corpus(self.corpus, mine, self.order.lengths, padded=padded, tokens=tokens, examples=size)
         return [self.objective.collate([self.corpus[number] for number in part]) for part in parts]

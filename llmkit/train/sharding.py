@@ -4,6 +4,9 @@ Each process holds its rows of every parameter in fp32 and what the optimizer kn
 in the precision to compute in, while it computes. Whatever an optimizer does to each number by itself it can do to rows.
 Each writes its rows of a checkpoint, from which a training goes on in any number of processes, also without sharding.
 Zhao et al., 2023: https://arxiv.org/abs/2304.11277
+
+Where processes share their products too, the weights of a block's products are first cut over those that learn from the
+same examples, and a block's rows are spread over the others. What is in no block is spread over all.
 """
 
 from __future__ import annotations
@@ -19,8 +22,10 @@ from torch import nn
 from llmkit.model.anatomy import blocks_of
 from llmkit.model.objective import Objective
 from llmkit.model.precision import default_device
+from llmkit.model.tensor_parallel import TensorPlan, cut_products, parameters_in, tensor_plan
 from llmkit.run.checkpoint import Writers
-from llmkit.train.masters import Masters
+from llmkit.train.masters import Masters, square_of
+from llmkit.train.mesh import Mesh
 
 ELEMENTWISE = frozenset({"adamw", "sgd", "lion", "rmsprop", "adagrad"})  # optimizers that treat each number by itself
 
@@ -40,38 +45,32 @@ class ShardedMasters(Masters):
     """The rows of a model's parameters that belong to this process; every process must call its methods.
 
     `model` is whole, and on the device where it is to be trained, or on the meta device, to see what each process would
-    hold. It can be computed with by `call` alone.
+    hold. It can be computed with by `call` alone. A mesh whose `tensor` is above 1 asks for a model with a tensor plan.
     """
 
     sharded = True
 
-    def __init__(self, model: Any, precision: str) -> None:
-        from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-
-        self._processes, self._process = torch.distributed.get_world_size(), torch.distributed.get_rank()
-        device = default_device() if model.device.type == "meta" else model.device
-        self._mesh = init_device_mesh(device.type, (self._processes,))
-        computes_in = torch.bfloat16 if precision == "bf16" else None
-        policy = MixedPrecisionPolicy(computes_in, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    def __init__(self, model: Any, precision: str, mesh: Mesh | None = None) -> None:
+        self.mesh = mesh or Mesh.of_all()
+        plan = tensor_plan(model, self.mesh.tensor) if self.mesh.tensor > 1 else TensorPlan()
+        assert plan.why_not is None, "who asks for a mesh has asked whether the model goes with it"
+        self._cut = plan.dimensions(model)
+        self._in_blocks = parameters_in(model, blocks_of(model)) if self.mesh.tensor > 1 else frozenset()
+        self._alone = sorted(parameters_in(model, map(model.get_submodule, plan.alone)))
         self.model, self._computation = model, _Computation(model)
-        for block in blocks_of(model):
-            fully_shard(block, mesh=self._mesh, mp_policy=policy)
-        fully_shard(self._computation, mesh=self._mesh, mp_policy=policy)
-        for module in self._computation.modules():
-            if isinstance(module, FSDPModule):
-                module.set_gradient_divide_factor(1.0)  # the sum over all processes, which is divided once
-                module.set_force_sum_reduction_for_comms(True)
+        self._everybody, self._grid = _spread(self._computation, plan, precision, self.mesh)
         self._all: dict[str, Any] = dict(model.named_parameters())
         self._own = {name: p for name, p in self._all.items() if p.requires_grad}
         self.weights = {name: nn.Parameter(p.to_local().detach()) for name, p in self._own.items()}
         self.copied, self.frozen, self._cast = [], {}, frozenset()
         self._anchors, self._strength, self._held = {}, 0.0, {}
         self.gradients = torch.zeros(sum(w.numel() for w in self.weights.values()), device=model.device)
+        self._repeated = self._in_blocks - self._cut.keys()  # whole in all that learn from the same examples
         start = 0
-        for weight in self.weights.values():
+        for _, weight in sorted(self.weights.items(), key=lambda item: item[0] in self._repeated):
             weight.grad = self.gradients[start : start + weight.numel()].view(weight.shape)
             start += weight.numel()
+        self._once = start - sum(self.weights[name].numel() for name in self._repeated & self.weights.keys())
 
     def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """What a function makes of the model and other arguments, its parameters whole meanwhile."""
@@ -96,13 +95,16 @@ class ShardedMasters(Masters):
             else:
                 target.copy_(parameter.grad.to_local())
             parameter.grad = None
+        for name in self._alone:
+            if name in self.weights:
+                torch.distributed.all_reduce(self.weights[name].grad, group=self._grid.get_group("tensor"))
 
     def sum_gradients(self) -> None:
         """Nothing is left to be summed."""
 
     def gradient_norm(self) -> float:
         """The Euclidean norm of all gradients of all processes."""
-        square = torch.tensor(super().gradient_norm() ** 2, dtype=torch.float64, device=self.gradients.device)
+        square = square_of(self.gradients if self.mesh.counts else self.gradients[: self._once])
         torch.distributed.all_reduce(square)
         return float(square.sqrt())
 
@@ -120,11 +122,12 @@ class ShardedMasters(Masters):
         """What training changes, on the CPU of the first process; nothing in the others."""
         found = {}
         for name, parameter in self._own.items():
-            full = parameter.full_tensor().detach()
-            if self._process == 0:
+            full = self._gathered(name, parameter.to_local().detach())
+            if self.mesh.number == 0:
                 found[name] = full.cpu()
             del full
-        return found | ({} if self._process else {name: t.detach().cpu() for name, t in self._saved_buffers().items()})
+        buffers = {} if self.mesh.number else self._saved_buffers()
+        return found | {name: buffer.detach().cpu() for name, buffer in buffers.items()}
 
     def saved(self) -> dict[str, torch.Tensor]:
         """The rows of what training changes, on the CPU; what is everywhere the same, in the first process."""
@@ -132,29 +135,51 @@ class ShardedMasters(Masters):
 
     def parts(self, rows: dict[str, tuple[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
         """What this process saves of tensors that belong to parameters: its rows, and what is no rows in the first one."""
-        return {
-            key: tensor.detach().cpu().contiguous()
-            for key, (name, tensor) in rows.items()
-            if self._process == 0 or (name in self.weights and tensor.shape == self.weights[name].shape)
-        }
+        found = {}
+        for key, (name, tensor) in rows.items():
+            if name in self.weights and tensor.shape == self.weights[name].shape:
+                found[key] = self._rows_over_all(name, tensor.detach()).cpu().contiguous()
+            elif self.mesh.number == 0:
+                found[key] = tensor.detach().cpu().contiguous()
+        return found
+
+    def _rows_over_all(self, name: str, part: torch.Tensor) -> torch.Tensor:
+        """What is shaped as a parameter, cut into rows over all processes, whatever of it this process computes with."""
+        if self._grid is None or name not in self._in_blocks:
+            return part
+        return _chunk(self._gathered(name, part), self.mesh.count, self.mesh.number)
+
+    def _gathered(self, name: str, part: torch.Tensor) -> torch.Tensor:
+        """The whole of what is shaped as a parameter, of which this process has a part."""
+        from torch.distributed.tensor import Shard
+
+        shape = list(self._all[name].shape)
+        if self._grid is None or name not in self._in_blocks:
+            return _together(part, self._everybody, Shard(0), shape)
+        cut = self._cut.get(name)
+        own = [size // (self.mesh.tensor if dimension == cut else 1) for dimension, size in enumerate(shape)]
+        part = _together(part, self._grid["data"], Shard(0), own)
+        return part if cut is None else _together(part, self._grid["tensor"], Shard(cut), shape)
 
     def writers(self, silence: timedelta) -> Writers:
         """All processes; they speak in a group of their own, as checkpoints are written while training goes on."""
         group = torch.distributed.new_group(backend="gloo", timeout=silence)
 
         def exchange(own: Any) -> list[Any]:
-            found: list[Any] = [None] * self._processes
+            found: list[Any] = [None] * self.mesh.count
             torch.distributed.all_gather_object(found, own, group=group)
             return found
 
-        return Writers(self._process, self._processes, exchange)
+        return Writers(self.mesh.number, self.mesh.count, exchange)
 
     def rows(self, name: str, whole: torch.Tensor) -> torch.Tensor:
-        """This process's rows of something that is shaped as a parameter, by themselves."""
+        """This process's part of something that is shaped as a parameter, by itself."""
         if name not in self._own or whole.shape != self._own[name].shape:
             return whole
-        parts = whole.chunk(self._processes)
-        return (parts[self._process] if self._process < len(parts) else whole[:0]).clone()
+        if name not in self._in_blocks:
+            return _chunk(whole, self.mesh.count, self.mesh.number).clone()
+        part = whole.chunk(self.mesh.tensor, self._cut[name])[self.mesh.part] if name in self._cut else whole
+        return _chunk(part, self.mesh.shares, self.mesh.share).clone()
 
     @torch.no_grad()
     def publish(self) -> None:
@@ -165,16 +190,57 @@ class ShardedMasters(Masters):
     def in_full(self) -> Iterator[Any]:
         """The model with all its weights, on the CPU of the first process, to be saved; training is over then."""
         whole: dict[int, nn.Parameter] = {}
-        for parameter in self._all.values():
-            full = parameter.full_tensor()
-            if self._process == 0:
+        for name, parameter in self._all.items():
+            full = self._gathered(name, parameter.to_local().detach())
+            if self.mesh.number == 0:
                 whole[id(parameter)] = nn.Parameter(full.cpu(), requires_grad=parameter.requires_grad)
             del full
-        if self._process == 0:
+        if self.mesh.number == 0:
             for module in self.model.modules():
                 for leaf, parameter in list(module.named_parameters(recurse=False, remove_duplicate=False)):
                     setattr(module, leaf, whole[id(parameter)])
         yield self.model
+
+
+def _spread(computation: _Computation, plan: TensorPlan, precision: str, mesh: Mesh) -> tuple[Any, Any]:
+    """Leaves each process its part of the parameters; gives the device mesh of all, and that of `data` and `tensor`."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+    model: Any = computation.model
+    grid = None
+    kind = (default_device() if model.device.type == "meta" else model.device).type
+    everybody = others = init_device_mesh(kind, (mesh.count,))
+    if mesh.tensor > 1:
+        grid = init_device_mesh(kind, (mesh.shares, mesh.tensor), mesh_dim_names=("data", "tensor"))
+        cut_products(model, plan, grid["tensor"])
+        others = grid["data"]
+    computes_in = torch.bfloat16 if precision == "bf16" else None
+    policy = MixedPrecisionPolicy(computes_in, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for block in blocks_of(model):
+        fully_shard(block, mesh=others, mp_policy=policy)
+    fully_shard(computation, mesh=everybody, mp_policy=policy)
+    spread: list[Any] = [module for module in computation.modules() if isinstance(module, FSDPModule)]
+    for module in spread:
+        # The sum over all processes, which is divided once; those that learn from the same examples have the same.
+        module.set_gradient_divide_factor(float(mesh.tensor) if module is computation else 1.0)
+        module.set_force_sum_reduction_for_comms(True)
+    return everybody, grid
+
+
+def _together(part: torch.Tensor, mesh: Any, placement: Any, shape: list[int]) -> torch.Tensor:
+    """The whole of a tensor that is cut over a one-dimensional device mesh."""
+    from torch.distributed.tensor import DTensor
+
+    stride = torch.empty(shape, device="meta").stride()
+    cut = DTensor.from_local(part, mesh, [placement], run_check=False, shape=torch.Size(shape), stride=stride)
+    return cut.full_tensor()
+
+
+def _chunk(tensor: torch.Tensor, parts: int, number: int) -> torch.Tensor:
+    """Part `number` of a tensor's rows; the last ones may have fewer, or none."""
+    found = tensor.chunk(parts)
+    return found[number] if number < len(found) else tensor[:0]
 
 
 @contextmanager

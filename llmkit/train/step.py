@@ -81,7 +81,7 @@ class Stepper:
             batches = self.feeder.take(step, micro_batch_tokens)
             counted = [sizes(batch) for batch in batches]
             own = [sum(map(self.objective.count, batches)), sum(t for t, _ in counted), sum(c for _, c in counted)]
-            own = own if weigh else [0, 0, 0]
+            own = own if weigh and self.masters.mesh.counts else [0, 0, 0]
             supervised, tokens, computed, stops, saves = self.sum_over_processes([*own, int(stop), int(save)])
             loss, fits = self._backward(batches, supervised, weigh=weigh)
             fits = self._least(fits)
@@ -90,7 +90,7 @@ class Stepper:
             micro_batch_tokens = self._lowered(step, fits)
             _restore_random_state(random, self.accelerator.device)
         assert loss is not None, "a process that ran out of memory begins the step again"
-        mean = self._sum_in_place(loss).item() / max(supervised, 1)
+        mean = self._sum_in_place(loss * self.masters.mesh.counts).item() / max(supervised, 1)
         grad_norm, trouble = self._update(mean, max(own[0] if self.apart else supervised, 1), rates)
         if trouble is not None and trouble.action != "warn":
             _restore_random_state(random, self.accelerator.device)

@@ -12,11 +12,15 @@ import forked_workers
 import pytest
 from conftest import Cli
 from safetensors.torch import load_file
+from transformers import LlamaConfig
 
 from llmkit.errors import RecipeError
+from llmkit.model.loading import build_on_meta
+from llmkit.recipe.schema import Parallel
 from llmkit.recipe.training import LocalSteps
 from llmkit.run.log import read_metrics
-from llmkit.stages.parallel import choose_parallel
+from llmkit.stages.parallel import choose_parallel, named
+from llmkit.train.mesh import Mesh
 
 GIB = 2**30
 
@@ -29,8 +33,9 @@ def choose(
     optimizer: str = "adamw",
     thaws: Any = (),
     local: Any = None,
-) -> tuple[tuple[int, bool], dict[str, tuple[Any, str]]]:
-    """Over how many the sizing spreads, and whether training does; and what was guessed. 40 GiB in all, 16 a process."""
+    model: Any = None,
+) -> tuple[tuple[int, str | None], dict[str, tuple[Any, str]]]:
+    """Over how many the sizing spreads, and how training does; and what was guessed. 40 GiB in all, 16 a process."""
     guesses: dict[str, tuple[Any, str]] = {}
     job: Any = SimpleNamespace(
         stage="finetune",
@@ -39,29 +44,31 @@ def choose(
         training=SimpleNamespace(optimizer=SimpleNamespace(name=optimizer), local=local),
         thaws=thaws,
         adapter=None,
+        model=model,
     )
 
-    def size(shards: int) -> Any:
+    def size(mesh: Mesh | None) -> Any:
+        shards = 1 if mesh is None else mesh.count
         return SimpleNamespace(memory=SimpleNamespace(total=40 * GIB // shards), shards=shards)
 
-    accelerator = SimpleNamespace(num_processes=processes)
-    sizing, spread = choose_parallel(job, accelerator, precision, 16 * GIB, size)
-    return (sizing.shards, spread), guesses  # type: ignore[attr-defined]
+    accelerator = SimpleNamespace(num_processes=processes, process_index=0)
+    sizing, mesh = choose_parallel(job, accelerator, precision, 16 * GIB, size)
+    return (sizing.shards, named(mesh, processes)), guesses  # type: ignore[attr-defined]
 
 
 def test_auto_spreads_what_does_not_fit_and_says_why() -> None:
     found, guesses = choose("auto")
-    assert found == (4, True)
+    assert found == (4, "fsdp")
     kind, why = guesses["finetune.parallel"]
     assert kind == "fsdp"
     assert why == "the whole model takes 40.0 GiB a process, and there are 16.0; spread, it takes 10.0"
 
 
 def test_what_is_asked_for_is_done() -> None:
-    assert choose("ddp") == ((1, False), {})
-    assert choose("fsdp") == ((4, True), {})
+    assert choose("ddp") == ((1, "ddp"), {})
+    assert choose("fsdp") == ((4, "fsdp"), {})
     alone, guesses = choose("fsdp", processes=1)
-    assert alone == (1, False)
+    assert alone == (1, None)
     assert "one process" in guesses["finetune.parallel"][1]
     assert "one process" in choose("auto", processes=1, local=LocalSteps())[1]["finetune.local"][1]
 
@@ -79,8 +86,37 @@ def test_what_needs_whole_parameters(given: dict[str, Any], what: str) -> None:
     with pytest.raises(RecipeError, match=f"parallel: fsdp does not go with {what}"):
         choose("fsdp", **given)
     found, guesses = choose("auto", **given)
-    assert found == (1, False)
+    assert found == (1, "ddp")
     assert what in guesses["finetune.parallel"][1]
+
+
+@pytest.fixture(scope="module")
+def llama() -> Any:
+    """A model of 8 heads, and 4 of keys and values."""
+    config = {"vocab_size": 61, "hidden_size": 64, "intermediate_size": 48, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 4}
+    return build_on_meta(LlamaConfig(**config, **heads), "AutoModelForCausalLM")
+
+
+def test_products_are_shared_by_as_many_as_is_said(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert choose("tensor", model=llama)[0] == (4, "tensor")
+    assert choose("tensor", processes=8, model=llama)[0] == (8, "tensor 4 x fsdp 2"), "those of one machine"
+    assert choose(Parallel(tensor=2), model=llama)[0] == (4, "tensor 2 x fsdp 2")
+    assert choose(Parallel(), model=llama)[0] == (4, "fsdp")
+    assert "one process" in choose("tensor", processes=1)[1]["finetune.parallel"][1]
+
+
+def test_what_cannot_be_shared_so(llama: Any) -> None:
+    with pytest.raises(RecipeError, match="cannot be shared out so") as error:
+        choose(Parallel(tensor=3), model=llama)
+    assert error.value.expected == "a number that divides 4"
+    with pytest.raises(RecipeError, match="cannot be cut in 8 parts") as error:
+        choose(Parallel(tensor=8), processes=8, model=llama)
+    assert error.value.got == "num_key_value_heads is 4, which 8 does not divide"
+    assert error.value.hint == "set parallel: {tensor: 4} or parallel: fsdp"
+    with pytest.raises(RecipeError, match="parallel: tensor does not go with optimizer: muon"):
+        choose(Parallel(tensor=2), optimizer="muon", model=llama)
 
 
 def in_two_processes(*words: object) -> forked.Forked:
@@ -115,6 +151,22 @@ def test_a_run_with_adapters_in_two_processes(cli: Cli, tiny_llama: Path, chat_r
     assert facts["parameter_groups"] == rows, "sizes are those of whole parameters"
     again = cli("evaluate", two, "--json")
     assert again.code == 0, again.err
+
+
+@pytest.mark.slow
+def test_a_run_whose_products_are_shared(cli: Cli, tiny_llama: Path, chat_rows: Path, tmp_path: Path) -> None:
+    settings = ("data.eval=20%", "finetune.steps=4", "finetune.log_every=1", "finetune.precision=fp32")
+    words = ["-m", tiny_llama, "-d", chat_rows, *(word for setting in settings for word in ("--set", setting))]
+    done = cli("finetune", *words, "-o", tmp_path / "one", "--json")
+    both = in_two_processes("finetune", *words, "-o", tmp_path / "two", "--set", "parallel=tensor")
+    assert done.code == 0, done.err
+    facts = json.loads((tmp_path / "two" / "run.json").read_text())["stages"]["finetune"]["facts"]
+    assert (facts["processes"], facts["parallel"]) == (2, "tensor")
+    metrics, expected = json.loads(both.out)["metrics"], done.json["metrics"]
+    for name in ("loss", "eval_loss", "train_loss"):
+        assert metrics[name] == pytest.approx(expected[name], abs=1e-5), name
+    for name in ("steps", "train_tokens", "supervised_tokens"):
+        assert metrics[name] == expected[name], "what is shared counts once"
 
 
 @pytest.mark.slow

@@ -26,6 +26,7 @@ from llmkit.tasks.causal import CausalTask
 from llmkit.train.hooks.metrics_log import MetricsLogHook
 from llmkit.train.loop import Fit
 from llmkit.train.masters import Masters
+from llmkit.train.mesh import Mesh
 from llmkit.train.sharding import ShardedMasters
 from llmkit.train.state import TrainState, seed_everything
 from llmkit.train.step import StepResult
@@ -115,19 +116,21 @@ def make_fit(folder: Path, train: Corpus, held_out: Corpus | None = None, **give
         "model": None,
         "seed": 3,
         "sharded": False,
+        "tensor": 1,
     }
     own |= {key: given.pop(key) for key in tuple(given) if key in own}
     training = Training(**({"batch_size": 8, "steps": 12, "log_every": 1, "warmup": 2, "trackers": ()} | given))
     folder.mkdir(exist_ok=True)
     model = own["model"] if own["model"] is not None else tiny_model()
     accelerator = own["accelerator"] or Accelerator(cpu=True)
-    seed_everything(own["seed"] + accelerator.process_index)
+    seed_everything(own["seed"] + accelerator.process_index // own["tensor"])
     groups = parameter_groups(model, Rates(own["lr"]), weight_decay=training.weight_decay)
     options = training.optimizer.options
     objective = (own["task"] or tiny_task()).objective(
         model, Regularisation(training.label_smoothing, training.neftune_alpha)
     )
-    masters = (ShardedMasters if own["sharded"] else Masters)(model, own["precision"])
+    mesh = Mesh.of_all(own["tensor"])
+    masters = ShardedMasters(model, own["precision"], mesh) if own["sharded"] else Masters(model, own["precision"])
     shape_computation(model, training)
     limit = training.micro_batch_tokens
     return Fit(

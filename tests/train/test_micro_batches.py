@@ -14,6 +14,7 @@ from fitting import one_thread, random_corpus, tiny_model, tiny_task
 from llmkit.data.batches import BatchOrder
 from llmkit.data.corpus import Corpus
 from llmkit.model.objective import examples_in, sizes
+from llmkit.train.mesh import Mesh
 from llmkit.train.micro_batches import Feeder, cut
 
 _one_thread = pytest.fixture(autouse=True)(one_thread)
@@ -27,7 +28,7 @@ def corpus(tmp_path: Path) -> Corpus:
 def feeder(corpus: Corpus, process: int = 0, processes: int = 1, size: int | None = None, batch: int = 7) -> Feeder:
     objective = tiny_task().objective(tiny_model())
     order = BatchOrder(corpus.lengths("input_ids"), 3, batch_size=batch, by_length=False)
-    return Feeder(corpus, order, objective, process, processes, size)
+    return Feeder(corpus, order, objective, Mesh(process, processes), size)
 
 
 def same(one: list[dict[str, Any]], other: list[dict[str, Any]]) -> bool:

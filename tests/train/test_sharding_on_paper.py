@@ -13,6 +13,7 @@ from transformers import LlamaConfig
 
 from llmkit.model.loading import build_on_meta
 from llmkit.train.masters import Masters
+from llmkit.train.mesh import Mesh
 from llmkit.train.sharding import ShardedMasters
 
 CONFIG = LlamaConfig(  # Llama 3 8B with 4 of its 32 blocks
@@ -26,11 +27,11 @@ CONFIG = LlamaConfig(  # Llama 3 8B with 4 of its 32 blocks
 
 
 @contextmanager
-def process(number: int, of: int) -> Iterator[ShardedMasters]:
+def process(number: int, of: int, tensor: int = 1) -> Iterator[ShardedMasters]:
     """What a process holds."""
     distributed.init_process_group("fake", store=FakeStore(), rank=number, world_size=of)
     try:
-        yield ShardedMasters(build_on_meta(CONFIG, "AutoModelForCausalLM"), "bf16")
+        yield ShardedMasters(build_on_meta(CONFIG, "AutoModelForCausalLM"), "bf16", Mesh(number, of, tensor))
     finally:
         distributed.destroy_process_group()
 
@@ -49,6 +50,19 @@ def test_each_process_holds_its_rows_of_everything(processes: int, whole: Master
                 mine = max(0, min(rows, len(weight) - number * rows))
                 assert masters.weights[name].shape == (mine, *weight.shape[1:]), name
                 assert masters.rows(name, weight).shape == masters.weights[name].shape, "so is it cut that is resumed"
+            held = sum(weight.numel() for weight in masters.weights.values())
+            assert held <= 1.01 * len(whole.gradients) / processes
+            assert len(masters.gradients) == held
+
+
+@pytest.mark.parametrize("processes", [8, 64, 1024])
+def test_eight_that_share_products_hold_their_part(processes: int, whole: Masters) -> None:
+    for number in (0, 3, processes - 1):
+        with process(number, processes, tensor=8) as masters:
+            for name, weight in whole.weights.items():
+                assert masters.weights[name].shape == masters.rows(name, weight).shape, "so is it cut that is resumed"
+            shape = masters.weights["model.layers.2.self_attn.o_proj.weight"].shape
+            assert shape == (4096 // (processes // 8), 512), "by columns over eight, by rows over the others"
             held = sum(weight.numel() for weight in masters.weights.values())
             assert held <= 1.01 * len(whole.gradients) / processes
             assert len(masters.gradients) == held
