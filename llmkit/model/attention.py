@@ -19,10 +19,13 @@ import torch
 from llmkit.model.attention_kernels import (
     Outline,
     attend_segments,
+    attend_spans,
     explicit_attention,
     varlen_attention,
     varlen_options,
+    varlen_spans,
 )
+from llmkit.model.context import Context
 from llmkit.model.segments import Seen, groups
 
 _MULTIPLE = 32  # tokens: kernels are made for a length, and lengths that are alike use them again
@@ -95,13 +98,15 @@ def packed_attention(
     cu_seq_lens_q: torch.Tensor | None = None,  # (N + 1,): where the examples begin and end
     max_length_q: int | None = None,
     shared_prefix: int = 0,
+    context: Context | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
     **others: Any,
 ) -> tuple[torch.Tensor, None]:
     """Causal attention within each packed example; (1, T, H, D).
 
-    With `shared_prefix`, that is the length of the first segment, which stands before each of the others.
+    With `shared_prefix`, that is the length of the first segment, which stands before each of the others. With `context`,
+    queries, keys and values are those of this process's tokens of the row.
     Raises NotImplementedError for what it cannot do: a model that does not pass the ends of the examples on, or that
     asks for attention sinks or a bias.
     """
@@ -111,7 +116,14 @@ def packed_attention(
         raise NotImplementedError(f"attention with {unknown[0]}")
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     half = query.dtype in (torch.bfloat16, torch.float16) and not shared_prefix
-    if query.device.type == "cuda" and half and not dropout and not softcap and varlen_options() is not None:
+    varlen = query.device.type == "cuda" and half and not dropout and not softcap and varlen_options() is not None
+    if context is not None:
+        key, value = context.gather(key), context.gather(value)
+        spans = list(context.spans(cu_seq_lens_q.tolist()))
+        if varlen:
+            return varlen_spans(query, key, value, spans, scale, sliding_window), None
+        return attend_spans(query, key, value, spans, scale, dropout, softcap, sliding_window), None
+    if varlen:
         return varlen_attention(query, key, value, cu_seq_lens_q, max_length_q, scale, sliding_window), None
     ends, found = cu_seq_lens_q.tolist(), []
     lengths = tuple(end - begin for begin, end in pairwise(ends))
@@ -155,7 +167,10 @@ def outline_attention(
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
+    context: Context | None = None,
     **others: Any,
 ) -> tuple[torch.Tensor, None]:
     """Shapes without numbers; (B, L, H, D)."""
+    if context is not None:
+        key, value = context.gather(key), context.gather(value)
     return Outline.apply(query, key, value), None

@@ -6,14 +6,16 @@ Shapes: B rows, H heads, K key and value heads, L tokens of one example, D numbe
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from functools import lru_cache
+from itertools import accumulate
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
+from llmkit.model.context import Span
 from llmkit.model.dropout import SignDropout
 from llmkit.model.segments import Seen
 
@@ -36,6 +38,28 @@ def attend_segments(
         q, k, v, attn_mask=bias, dropout_p=dropout, is_causal=bias is None, scale=scale, enable_gqa=grouped
     )
     return found.transpose(1, 2)
+
+
+def attend_spans(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    spans: Sequence[Span],
+    scale: float,
+    dropout: float,
+    softcap: float | None,
+    window: int | None,
+) -> torch.Tensor:
+    """The attention of parts of examples, (1, H, P, D) to (1, P, H, D), to the keys of the whole row, (1, K, T, D)."""
+    found, done = [], 0
+    for span in spans:
+        length = span.end - span.first
+        seen = Seen((length,), span.first - span.begin, window=window)
+        own = q[:, :, done : done + length]
+        k_seen, v_seen = (tensor[:, :, span.begin : span.end] for tensor in (k, v))
+        found.append(attend_segments(own, k_seen, v_seen, seen, scale, dropout, softcap))
+        done += length
+    return torch.cat(found, dim=1)
 
 
 def explicit_attention(
@@ -161,8 +185,13 @@ def varlen_attention(
     longest: int,
     scale: float,
     window: int | None,
+    key_ends: torch.Tensor | None = None,
+    longest_keys: int | None = None,
 ) -> torch.Tensor:
-    """PyTorch's variable-length FlashAttention: (1, H, T, D) to (1, T, H, D)."""
+    """PyTorch's variable-length FlashAttention: (1, H, T, D) to (1, T, H, D).
+
+    With other ends for keys, the queries of a segment are those of its last keys, as FlashAttention has it.
+    """
     from torch.nn.attention.varlen import varlen_attn
 
     known = varlen_options() or frozenset()
@@ -180,6 +209,19 @@ def varlen_attention(
     elif q.shape[1] != k.shape[1]:
         k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for t in (k, v))
     q, k, v = (t[0].transpose(0, 1) for t in (q, k, v))  # (T, heads, D)
-    found = varlen_attn(q, k, v, ends, ends, longest, longest, **options)
+    key_ends = ends if key_ends is None else key_ends
+    found = varlen_attn(q, k, v, ends, key_ends, longest, longest_keys or longest, **options)
     assert isinstance(found, torch.Tensor), "nothing else was asked for"
     return found[None]
+
+
+def varlen_spans(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spans: Sequence[Span], scale: float, window: int | None
+) -> torch.Tensor:
+    """`attend_spans` by variable-length FlashAttention."""
+    own, seen = [span.end - span.first for span in spans], [span.end - span.begin for span in spans]
+    k, v = (torch.cat([tensor[:, :, span.begin : span.end] for span in spans], dim=2) for tensor in (k, v))
+    ends, key_ends = (
+        torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=q.device) for lengths in (own, seen)
+    )
+    return varlen_attention(q, k, v, ends, max(own), scale, window, key_ends, max(seen))

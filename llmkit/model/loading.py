@@ -29,13 +29,13 @@ class LoadedModel:
     unused_parameters: tuple[str, ...]
 
 
-def load_config(folder: Path) -> PretrainedConfig:
-    """A folder's model configuration. Raises ArtifactError for a damaged one or an unknown architecture."""
+def load_config(folder: Path, **changes: Any) -> PretrainedConfig:
+    """A folder's model configuration, with changes. Raises ArtifactError for a damaged one or an unknown architecture."""
     from transformers import AutoConfig
 
     read_json(folder / "config.json")
     with _as_artifact_errors("the configuration cannot be loaded", folder):
-        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **changes)
 
 
 def dropout_rates(config: PretrainedConfig) -> dict[str, float]:

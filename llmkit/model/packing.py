@@ -6,6 +6,7 @@ has the same hidden states in every example. They are computed once, and the gra
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -56,18 +57,20 @@ class Pack:
         return inputs | ({"shared_prefix": self.shared} if self.shared else {})
 
 
-def pack(rows: Sequence[np.ndarray], *, share: bool, fill: bool = False) -> Pack:
+def pack(rows: Sequence[np.ndarray], *, share: bool, fill: bool = False, multiple: int = 1) -> Pack:
     """Packs rows of token ids; with `share`, a beginning of 8 tokens or more that all have is put first, once.
 
     With `fill`, a segment that belongs to none, at most 3 % of all, makes the length a multiple of 8, 16 or 32: products
-    of such lengths are faster, and kernels that were made for one are used again.
+    of such lengths are faster, and kernels that were made for one are used again. It is a multiple of `multiple` in any
+    case.
     """
     shared = _common_beginning(rows) if share and len(rows) > 1 else 0
     shared = shared if shared >= _WORTH_SHARING else 0
     own = [row[shared:] for row in rows]
     starts = list(accumulate([shared, *map(len, own)]))
     total = starts.pop()
-    multiple = next((size for size in (32, 16, 8) if size <= _MOST_FILLING * total), 1) if fill else 1
+    filled = next((size for size in (32, 16, 8) if size <= _MOST_FILLING * total), 1) if fill else 1
+    multiple = math.lcm(filled, multiple)
     if filling := -total % multiple:
         own.append(np.zeros(filling, np.int64))
     return Pack(

@@ -65,10 +65,12 @@ def parameters_in(model: nn.Module, modules: Iterable[nn.Module]) -> frozenset[s
     return frozenset(name for name, parameter in model.named_parameters() if id(parameter) in inside)
 
 
-def cut_products(model: Any, plan: TensorPlan, mesh: Any) -> None:
-    """Leaves this process of a one-dimensional device mesh its part of each weight, a DTensor; all hold the same model."""
+def cut_products(block: nn.Module, model: nn.Module, plan: TensorPlan, mesh: Any) -> None:
+    """Leaves this process of a one-dimensional device mesh its part of a block's weights, as DTensors; all hold the same."""
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-    styles: dict[str, Any] = {path: ColwiseParallel() for path in plan.columns}
-    styles |= {path: RowwiseParallel() for path in plan.rows}
-    parallelize_module(model, mesh, styles, src_data_rank=None)
+    inside = set(block.modules())
+    for paths, style in ((plan.columns, ColwiseParallel), (plan.rows, RowwiseParallel)):
+        for module in map(model.get_submodule, paths):
+            if module in inside:
+                parallelize_module(module, mesh, style(), src_data_rank=None)

@@ -250,6 +250,7 @@ class Parallel(Section):
     """How many processes share the work on the same examples; what they share is spread over the others, as with fsdp."""
 
     tensor: int = Field(1, gt=0, description="processes that compute parts of each product of a block")
+    context: int = Field(1, gt=0, description="how many such groups compute parts of each example")
 
 
 class Recipe(Section):
@@ -269,11 +270,11 @@ class Recipe(Section):
     evaluate: Evaluate = Evaluate()
     export: Export = Export()
     launch: Launch = Launch()
-    parallel: Literal["auto", "ddp", "fsdp", "tensor"] | Parallel = Field(
+    parallel: Literal["auto", "ddp", "fsdp", "tensor", "context"] | Parallel = Field(
         "auto",
         description="how several processes train: ddp, each with the whole model; fsdp, with a share of its weights, "
-        "gradients and optimizer state; tensor, those of one machine with a part of each product; auto: ddp or fsdp; "
-        "or sizes: {tensor: 2}",
+        "gradients and optimizer state; tensor, those of one machine each with a part of each product; context, with a part of "
+        "each example; auto: ddp or fsdp; or sizes: {tensor: 2, context: 4}, and fsdp over the rest",
         json_schema_extra=NO_RESULT,
     )
     max_time: Duration | None = Field(

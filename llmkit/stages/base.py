@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields, replace
@@ -12,10 +13,10 @@ from llmkit import catalog
 from llmkit.data.corpus import Corpus
 from llmkit.errors import ArtifactError, RecipeError, raise_all
 from llmkit.files import read_json
-from llmkit.model.adapters import AdapterRules
+from llmkit.model.adapters import AdapterRules, in_four_bits
 from llmkit.model.folder import weights_digest
 from llmkit.model.freezing import FreezePlan, ThawRule, plan_freeze
-from llmkit.model.loading import load_tokenizer
+from llmkit.model.loading import LoadedModel, build_on_meta, load_config, load_model, load_tokenizer
 from llmkit.model.location import locate
 from llmkit.model.parts import Parts
 from llmkit.recipe.fields import Parts as PartKeys
@@ -52,6 +53,23 @@ class Stage(Protocol):
 
     def run(self, recipe: Recipe, run: Run) -> Artifact:
         """Makes the artifact in `run.folder(name)`."""
+
+
+def is_first_process() -> bool:
+    """True in the process that decides, and has what the others are sent."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def weights_or_outline(
+    folder: Path, auto_class: str, changes: dict[str, Any], adapter: Adapter | None = None
+) -> LoadedModel:
+    """A model with its weights in the first process; the others get theirs from it, and have their shapes until then.
+
+    Weights that are to be held in 4 bits are loaded in each.
+    """
+    if is_first_process() or (adapter is not None and in_four_bits(adapter_rules(adapter))):
+        return load_model(folder, auto_class, **changes)
+    return LoadedModel(build_on_meta(load_config(folder, **changes), auto_class), (), ())
 
 
 @contextmanager

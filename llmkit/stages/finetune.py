@@ -26,6 +26,7 @@ from llmkit.stages.base import (
     require_corpus,
     task_for,
     training_record,
+    weights_or_outline,
     within,
 )
 from llmkit.stages.evaluate import scoring_for
@@ -102,7 +103,7 @@ class Finetune:
         seed_everything(recipe.seed)
         config = load_config(parent)
         changes = task.model_changes(config) | dropout_changes(config, recipe.finetune.dropout)
-        loaded = load_model(parent, task.auto_class, **changes)
+        loaded = weights_or_outline(parent, task.auto_class, changes, recipe.finetune.adapter)
         if loaded.new_parameters:
             run.reporter.note(f"new and untrained, seeded with {recipe.seed}: {', '.join(loaded.new_parameters)}")
         if loaded.unused_parameters:
@@ -149,7 +150,7 @@ def with_adapters(job: TrainingJob) -> TrainingJob:
         )
     if misread_by_peft(job.model):
         note("PEFT takes layers of this family for experts: read the adapter alone with `adapter.start`, not with PEFT")
-    if in_four_bits(rules):
+    if in_four_bits(rules) and job.model.device.type != "meta":
         give_back_freed_memory()
         held = what_is_quantized(job.model)
         note(

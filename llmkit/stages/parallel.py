@@ -1,5 +1,5 @@
-"""How the processes of a training share its work: each with the whole model, with its rows of all parameters, or with a
-part of each product as well.
+"""How the processes of a training share its work: each with the whole model, with its rows of all parameters, or also
+with a part of each product, or of each example.
 """
 
 from __future__ import annotations
@@ -12,10 +12,13 @@ import torch
 
 from llmkit.errors import RecipeError
 from llmkit.model.adapters import in_four_bits
+from llmkit.model.context import Context
+from llmkit.model.objective import Objective
 from llmkit.model.tensor_parallel import tensor_plan
 from llmkit.recipe.schema import Parallel
 from llmkit.stages.job import TrainingJob
 from llmkit.stages.sizing import Sizing, available_bytes
+from llmkit.tasks.causal_objective import CausalObjective
 from llmkit.train.mesh import Mesh
 from llmkit.train.sharding import ELEMENTWISE
 
@@ -67,39 +70,67 @@ def named(mesh: Mesh | None, processes: int) -> str | None:
     """How processes share a training, for people; None for one process."""
     if mesh is None:
         return None if processes == 1 else "ddp"
-    return (
-        "fsdp" if mesh.tensor == 1 else "tensor" if mesh.shares == 1 else f"tensor {mesh.tensor} x fsdp {mesh.shares}"
-    )
+    sizes = {"tensor": mesh.tensor, "context": mesh.context, "data": mesh.shares}
+    shared = [f"{name} {size}" for name, size in sizes.items() if size > 1]
+    return "fsdp" if mesh.tensor == mesh.context == 1 else " x ".join(shared)
+
+
+def shared_rows(objective: Objective, context: Context) -> Objective:
+    """An objective whose rows of packed examples processes share. Raises RecipeError where they cannot."""
+    found = objective.shared_with(context) if isinstance(objective, CausalObjective) else None
+    if found is None:
+        raise RecipeError(
+            "processes cannot share the tokens of examples here",
+            got=objective.why_padded or "noise on embeddings, or a task that does not predict the next token",
+            expected="text or chat, with a model whose examples can be packed",
+            hint="set parallel: fsdp",
+            where="parallel",
+        )
+    return found
 
 
 def _mesh(job: TrainingJob, wanted: str | Parallel, accelerator: Any) -> Mesh:
     """The mesh that a recipe asks for. Raises RecipeError when the processes or the model do not go with it."""
     processes = accelerator.num_processes
-    sizes = wanted if isinstance(wanted, Parallel) else Parallel(tensor=_neighbours() if wanted == "tensor" else 1)
-    if processes % sizes.tensor:
+    sizes = (
+        wanted if isinstance(wanted, Parallel) else Parallel(**({wanted: _neighbours()} if wanted != "fsdp" else {}))
+    )
+    if processes % (sizes.tensor * sizes.context):
         raise RecipeError(
             "the processes cannot be shared out so",
-            got=f"parallel.tensor: {sizes.tensor}, of {processes} processes",
-            expected=f"a number that divides {processes}",
+            got=f"{processes} processes, parallel.tensor: {sizes.tensor} and parallel.context: {sizes.context}",
+            expected=f"sizes whose product divides {processes}",
             where="parallel",
         )
     if sizes.tensor > 1:
-        why = "adapters beside its products" if job.adapter is not None else None
-        why = why or tensor_plan(job.model, sizes.tensor).why_not
-        fitting = [n for n in range(2, sizes.tensor) if not processes % n and not tensor_plan(job.model, n).why_not]
-        if why is not None:
-            sizes_that_go = f"parallel: {{tensor: {max(fitting)}}} or " if fitting and job.adapter is None else ""
-            raise RecipeError(
-                f"this model's products cannot be cut in {sizes.tensor} parts",
-                got=why,
-                hint=f"set {sizes_that_go}parallel: fsdp",
-                where="parallel",
-            )
-    return Mesh(accelerator.process_index, processes, sizes.tensor)
+        _require_cuttable(job, sizes.tensor)
+    return Mesh(accelerator.process_index, processes, sizes.tensor, sizes.context)
+
+
+def _require_cuttable(job: TrainingJob, parts: int) -> None:
+    """Raises RecipeError when a model's products cannot be cut in so many parts."""
+    if job.adapter is not None:
+        why: str | None = "adapters beside its products"
+    else:
+        why = tensor_plan(job.model, parts).why_not
+    if why is None:
+        return
+    fitting = [
+        n for n in range(2, parts) if job.adapter is None and not parts % n and not tensor_plan(job.model, n).why_not
+    ]
+    smaller = f"parallel: {{tensor: {max(fitting)}}} or " if fitting else ""
+    raise RecipeError(
+        f"this model's products cannot be cut in {parts} parts",
+        got=why,
+        hint=f"set {smaller}parallel: fsdp",
+        where="parallel",
+    )
 
 
 def _name(wanted: str | Parallel) -> str:
-    return wanted if isinstance(wanted, str) else "tensor" if wanted.tensor > 1 else "fsdp"
+    if isinstance(wanted, str):
+        return wanted
+    return "tensor" if wanted.tensor > 1 else "context" if wanted.context > 1 else "fsdp"
 
 
 def _neighbours() -> int:

@@ -8,9 +8,9 @@ from llmkit.errors import RecipeError, did_you_mean
 from llmkit.model.folder import weights_digest
 from llmkit.model.loading import (
     build_from_config,
+    build_on_meta,
     dropout_changes,
     load_config,
-    load_model,
     load_tokenizer,
     longest_input,
 )
@@ -18,7 +18,14 @@ from llmkit.model.location import locate
 from llmkit.recipe.schema import Recipe, result_keys
 from llmkit.recipe.training import Pretrain as PretrainKeys
 from llmkit.run.directory import Artifact, Run
-from llmkit.stages.base import corpus_in, pretraining_corpora, require_corpus, task_for
+from llmkit.stages.base import (
+    corpus_in,
+    is_first_process,
+    pretraining_corpora,
+    require_corpus,
+    task_for,
+    weights_or_outline,
+)
 from llmkit.stages.job import TrainingJob
 from llmkit.stages.training import train_and_save
 
@@ -84,7 +91,9 @@ class Pretrain:
         if keys.architecture is None:
             folder = locate(str(recipe.model))
             changes: dict[str, Any] = dropout_changes(load_config(folder), keys.dropout)
-            return load_model(folder, "AutoModelForCausalLM", **changes).model
+            return weights_or_outline(folder, "AutoModelForCausalLM", changes).model
+        if not is_first_process():
+            return build_on_meta(self.config(recipe, run), "AutoModelForCausalLM")
         return build_from_config(self.config(recipe, run), "AutoModelForCausalLM", recipe.seed)
 
     def _default_lr(self, recipe: Recipe, run: Run) -> float:

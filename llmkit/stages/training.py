@@ -13,10 +13,13 @@ import torch
 from llmkit.data.corpus import Example
 from llmkit.data.states import STATES
 from llmkit.errors import RecipeError, did_you_mean
+from llmkit.model.adapters import in_four_bits
+from llmkit.model.context import Context
 from llmkit.model.folder import weights_digest
 from llmkit.model.groups import RateRule, Rates, parameter_groups
 from llmkit.model.objective import Objective
 from llmkit.model.precision import choose_precision
+from llmkit.model.sending import send_from_first
 from llmkit.optim import build_optimizer, build_schedule
 from llmkit.recipe.training import Training
 from llmkit.recipe.values import seconds_of
@@ -24,7 +27,7 @@ from llmkit.run.directory import Artifact
 from llmkit.run.log import MetricsLog
 from llmkit.stages.base import parts_of, relative_files, within
 from llmkit.stages.job import TrainingJob
-from llmkit.stages.parallel import choose_parallel, named, share_of_memory
+from llmkit.stages.parallel import choose_parallel, named, share_of_memory, shared_rows
 from llmkit.stages.prefix import known_prefix
 from llmkit.stages.prefix_cache import PrefixCache
 from llmkit.stages.sizing import Outline, Sizing, available_bytes, shape_computation, size_up
@@ -74,7 +77,9 @@ def train_and_save(job: TrainingJob) -> tuple[Artifact, Fit]:
             "learning_rate": job.lr,
             "parameter_groups": list(fit.group_rows),
             "processes": accelerator.num_processes,
-            "parallel": named(fit.masters.mesh if fit.masters.sharded else None, accelerator.num_processes),
+            "parallel": named(
+                fit.masters.mesh if isinstance(fit.masters, ShardedMasters) else None, accelerator.num_processes
+            ),
             "device": torch.cuda.get_device_name() if accelerator.device.type == "cuda" else accelerator.device.type,
         },
         fit.keeper.disposable(state),
@@ -93,9 +98,9 @@ def make_fit(job: TrainingJob, accelerator: Any) -> Fit:
         keep_freed_memory(sizing.memory.total)
     else:
         torch.cuda.reset_peak_memory_stats()
-    model = job.model.to(device)
+    model = job.model
     model.config.use_cache = False
-    seed_everything(job.recipe.seed + (mesh.share if mesh else accelerator.process_index))
+    seed_everything(job.recipe.seed + (mesh.place if mesh else accelerator.process_index))
     thaws = thaws_at(job.thaws, sizing.steps)
     with within(job.stage):
         groups = parameter_groups(model, rates_of(training, job.lr), weight_decay=training.weight_decay)
@@ -103,12 +108,10 @@ def make_fit(job: TrainingJob, accelerator: Any) -> Fit:
     columns = ("group", "tensors", "parameters", "peak rate", "weight decay")
     rows = group_rows(groups)
     run.reporter.table("parameter groups", columns, rows)
-    objective = job.task.objective(model, regularisation_of(training))
+    groups = [group | {"params": []} for group in groups]  # which so do not outlive their spreading
+    masters, objective = _masters(job, precision, mesh, accelerator)
     if objective.why_padded:
         run.guess(f"{job.stage}: padded batches", True, f"examples cannot be packed: {objective.why_padded}")
-    masters = ShardedMasters(model, precision, mesh) if mesh else Masters(model, precision)
-    if job.l2_sp:
-        masters.anchor((name for name in masters.weights if name not in job.new_parameters), job.l2_sp)
     objective, train, held_out = _data(job, objective, precision, sizing, thaws, accelerator, sharded=masters.sharded)
     shape_computation(model, training)
     options = training.optimizer.options
@@ -139,6 +142,31 @@ def make_fit(job: TrainingJob, accelerator: Any) -> Fit:
         accepted=run.stage(job.stage).get("accepts", ()),
         state=TrainState(micro_batch_tokens=sizing.micro_batch_tokens),
     )
+
+
+def _masters(job: TrainingJob, precision: str, mesh: Mesh | None, accelerator: Any) -> tuple[Masters, Objective]:
+    """The model where it is to be trained, and what it is trained on, found out by trying the model itself.
+
+    The first process has the weights, and sends them to the others, but for those of 4 bits, which each has.
+    """
+    from accelerate.utils import broadcast_object_list
+
+    model, device, regularisation = job.model, accelerator.device, regularisation_of(job.training)
+    alone = accelerator.num_processes == 1 or (job.adapter is not None and in_four_bits(job.adapter))
+    masters: Masters
+    if mesh is not None:
+        masters = ShardedMasters(model, precision, mesh, device)
+        objective = masters.call(job.task.objective, regularisation)
+        if mesh.context > 1:
+            objective = shared_rows(objective, masters.context())
+    else:
+        model.to(device) if alone else send_from_first(model, device)
+        objective = job.task.objective(model, regularisation)  # before its numbers are those that it computes with
+        masters = Masters(model, precision)
+    if job.l2_sp:
+        new = job.new_parameters if alone else broadcast_object_list([job.new_parameters])[0]
+        masters.anchor((name for name in masters.weights if name not in new), job.l2_sp)
+    return masters, objective
 
 
 def _data(
@@ -192,13 +220,17 @@ def _sizing(job: TrainingJob, precision: str, accelerator: Any) -> tuple[Sizing,
 
     Warns when that is more than there is memory for.
     """
+
+    def whole(model: Any) -> Objective:
+        return job.task.objective(model, regularisation_of(job.training))
+
     outline = Outline(
         config=job.model.config,
         auto_class=job.task.auto_class,
         frozen=job.frozen_before
         if job.adapter
         else frozenset(name for name, p in job.model.named_parameters() if not p.requires_grad),
-        objective=lambda model: job.task.objective(model, regularisation_of(job.training)),
+        objective=whole,
         training=job.training,
         examples=job.train,
         lengths=job.train.lengths(job.task.size_column),
@@ -212,6 +244,8 @@ def _sizing(job: TrainingJob, precision: str, accelerator: Any) -> tuple[Sizing,
 
     def size(mesh: Mesh | None) -> Sizing:
         spread = outline if mesh is None else replace(outline, shards=mesh.count, processes=mesh.shares)
+        if mesh is not None and mesh.context > 1:
+            spread = replace(spread, objective=lambda model: shared_rows(whole(model), Context(0, mesh.context)))
         return size_up(spread, available)
 
     sizing, mesh = choose_parallel(job, accelerator, precision, available, size)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ import torch
 
 from llmkit.data.corpus import Example
 from llmkit.model.causal import CausalModel
+from llmkit.model.context import Context
 from llmkit.model.forward import fast_forward
 from llmkit.model.objective import Batch
 from llmkit.model.packing import pack
@@ -31,6 +32,7 @@ class CausalObjective:
     causal: CausalModel
     pad_id: int
     regularisation: Regularisation
+    context: Context | None = None  # who shares each row
 
     @property
     def padded(self) -> bool:
@@ -41,6 +43,11 @@ class CausalObjective:
     def why_padded(self) -> str | None:
         """Why examples cannot be packed; None when they can."""
         return self.causal.why
+
+    def shared_with(self, context: Context) -> CausalObjective | None:
+        """The same with rows that processes share; None where they cannot."""
+        cannot = not self.causal.packs or self.regularisation.neftune_alpha
+        return None if cannot else replace(self, context=context)
 
     def computing(self, *, outline: bool = False) -> AbstractContextManager[None]:
         """To be entered around everything that computes with this objective's batches."""
@@ -57,8 +64,8 @@ class CausalObjective:
         supervised = [found[found > 0] for found in supervised]  # nothing stands before the first token to predict it
         rows = [row[: found[-1]] if len(found) else row[:1] for row, found in zip(whole, supervised, strict=True)]
         if self.causal.packs:
-            share = self.causal.shares and not self.regularisation.neftune_alpha
-            packed = pack(rows, share=share, fill=True)
+            share = self.causal.shares and not self.regularisation.neftune_alpha and self.context is None
+            packed = pack(rows, share=share, fill=True, multiple=1 if self.context is None else self.context.pieces)
             batch: Batch = packed.inputs()
             places = [packed.places(number, np.arange(len(row))) for number, row in enumerate(rows)]
         else:
@@ -72,7 +79,7 @@ class CausalObjective:
         batch["targets"] = torch.from_numpy(
             np.concatenate([row[found] for row, found in zip(whole, supervised, strict=True)])
         )
-        return batch
+        return batch if self.context is None else _part_of(batch, self.context)
 
     def count(self, batch: Batch) -> int:
         """The number of supervised tokens."""
@@ -102,6 +109,17 @@ class CausalObjective:
             if self.causal.packs and "logits_to_keep" in self.causal.arguments:
                 return model(**inputs, use_cache=False, logits_to_keep=kept).logits[0], _as_they_are, ()
             return model(**inputs, use_cache=False).logits.flatten(0, 1)[kept], _as_they_are, ()
+
+
+def _part_of(batch: Batch, context: Context) -> Batch:
+    """What one of the processes that share a row computes of it."""
+    length = batch["input_ids"].numel()
+    own = torch.from_numpy(context.places(length))
+    place = torch.full((length,), -1)
+    place[own] = torch.arange(len(own))
+    kept = place[batch["kept"]]
+    cut = {name: batch[name][:, own] for name in ("input_ids", "position_ids", "attention_mask")}
+    return batch | cut | {"kept": kept[kept >= 0], "targets": batch["targets"][kept >= 0], "context": context}
 
 
 def left_padded(rows: Sequence[np.ndarray], pad_id: int) -> Batch:

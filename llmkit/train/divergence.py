@@ -136,5 +136,7 @@ def losses_of(
     with masters.computing(objective), autocast(device, precision):
         for _, example in examples[:_MOST_WRITTEN]:
             batch = to_device(objective.collate([example]), device)
-            found.append(masters.call(objective.loss, batch).item() / max(objective.count(batch), 1))
+            loss = masters.call(objective.loss, batch)
+            total, count = masters.over_pieces(torch.stack([loss, loss.new_tensor(objective.count(batch))])).tolist()
+            found.append(total / max(count, 1))
     return found

@@ -39,7 +39,7 @@ def held_out_loss(
         for numbers in by_length(lengths, batch_size)
         for part in cut_corpus(corpus, numbers.tolist(), lengths, padded=padded, tokens=tokens)
     ]
-    mesh = masters.mesh
+    mesh = masters.mesh_among(accelerator)
     mine = parts[mesh.share :: mesh.shares]
     more = -(-len(parts) // mesh.shares) - len(mine) if masters.sharded else 0  # as many as the others
     gradless = torch.no_grad() if masters.sharded else torch.inference_mode()
@@ -48,6 +48,6 @@ def held_out_loss(
             batch = objective.collate([corpus[int(number)] for number in numbers])
             loss = masters.call(objective.loss, to_device(batch, device)).item()
             sums += weight * torch.tensor([loss, objective.count(batch)], dtype=torch.float64, device=device)
-    sums *= mesh.counts
+    sums *= mesh.speaks
     total, count = accelerator.reduce(sums, "sum").tolist()
     return float(total / count)

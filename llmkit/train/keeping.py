@@ -159,7 +159,7 @@ class Keeper:
         }
         optimizer_from_parts(self.optimizer, moments, found.optimizer_values)
         processes = found.state["random"]
-        restore_random_state(processes[self.masters.mesh.speaker % len(processes)])
+        restore_random_state(processes[self.masters.mesh_among(self.accelerator).speaker % len(processes)])
         if self.scaler is not None and found.state["scaler"]:
             self.scaler.load_state_dict(found.state["scaler"])
         state = TrainState(**found.state["state"])

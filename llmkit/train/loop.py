@@ -114,7 +114,7 @@ class Fit:
         self._read_only = [
             corpus for corpus in (self.train, self.held_out) if isinstance(corpus, Corpus | CorpusWithStates)
         ]
-        processes, mesh = accelerator.num_processes, self.masters.mesh
+        processes, mesh = accelerator.num_processes, self.masters.mesh_among(accelerator)
         rules = training.local if processes > 1 else None
         self.meetings = Meetings(rules, self.masters, self.optimizer, processes) if rules is not None else None
         self.keeper.meetings = self.meetings
@@ -127,6 +127,7 @@ class Fit:
             self.feeder,
             self.optimizer,
             self.masters,
+            mesh,
             self.precision,
             training.max_grad_norm,
             self.warn,

@@ -29,7 +29,7 @@ class Masters:
     sharded = False
 
     def __init__(self, model: Any, precision: str) -> None:
-        self.model, self.mesh = model, Mesh.of_all()
+        self.model = model
         self._own = {name: p for name, p in model.named_parameters() if p.requires_grad}
         originals = compute_in(model, precision)
         self._cast = frozenset(originals)
@@ -54,9 +54,17 @@ class Masters:
             if name in originals:
                 self._own[name].register_post_accumulate_grad_hook(self._collector(name))
 
+    def mesh_among(self, accelerator: Any) -> Mesh:
+        """Where this process stands among those that train together."""
+        return Mesh(accelerator.process_index, accelerator.num_processes)
+
     def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """What a function makes of the model and other arguments."""
         return function(self.model, *arguments)
+
+    def over_pieces(self, sums: torch.Tensor) -> torch.Tensor:
+        """What was summed over examples of which each process computes a piece."""
+        return sums
 
     def computing(self, objective: Objective) -> AbstractContextManager[None]:
         """To be entered around everything that computes with the model."""

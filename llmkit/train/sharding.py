@@ -20,8 +20,10 @@ import torch
 from torch import nn
 
 from llmkit.model.anatomy import blocks_of
+from llmkit.model.context import Context
 from llmkit.model.objective import Objective
 from llmkit.model.precision import default_device
+from llmkit.model.sending import send_from_first
 from llmkit.model.tensor_parallel import TensorPlan, cut_products, parameters_in, tensor_plan
 from llmkit.run.checkpoint import Writers
 from llmkit.train.masters import Masters, square_of
@@ -44,21 +46,22 @@ class _Computation(nn.Module):
 class ShardedMasters(Masters):
     """The rows of a model's parameters that belong to this process; every process must call its methods.
 
-    `model` is whole, and on the device where it is to be trained, or on the meta device, to see what each process would
-    hold. It can be computed with by `call` alone. A mesh whose `tensor` is above 1 asks for a model with a tensor plan.
+    `model` is whole in the first process, and may be on the meta device in the others; block by block it comes to `device`,
+    where it is to be trained. Without a device it stays where it is, whole or on the meta device in all, to see what each
+    would hold. It can be computed with by `call` alone. A mesh whose `tensor` is above 1 asks for a model with a tensor plan.
     """
 
     sharded = True
 
-    def __init__(self, model: Any, precision: str, mesh: Mesh | None = None) -> None:
-        self.mesh = mesh or Mesh.of_all()
+    def __init__(self, model: Any, precision: str, mesh: Mesh, device: torch.device | None = None) -> None:
+        self.mesh = mesh
         plan = tensor_plan(model, self.mesh.tensor) if self.mesh.tensor > 1 else TensorPlan()
         assert plan.why_not is None, "who asks for a mesh has asked whether the model goes with it"
         self._cut = plan.dimensions(model)
         self._in_blocks = parameters_in(model, blocks_of(model)) if self.mesh.tensor > 1 else frozenset()
         self._alone = sorted(parameters_in(model, map(model.get_submodule, plan.alone)))
         self.model, self._computation = model, _Computation(model)
-        self._everybody, self._grid = _spread(self._computation, plan, precision, self.mesh)
+        self._everybody, self._grid = _spread(self._computation, plan, precision, mesh, device)
         self._all: dict[str, Any] = dict(model.named_parameters())
         self._own = {name: p for name, p in self._all.items() if p.requires_grad}
         self.weights = {name: nn.Parameter(p.to_local().detach()) for name, p in self._own.items()}
@@ -72,9 +75,26 @@ class ShardedMasters(Masters):
             start += weight.numel()
         self._once = start - sum(self.weights[name].numel() for name in self._repeated & self.weights.keys())
 
+    def mesh_among(self, accelerator: Any) -> Mesh:
+        """Where this process stands among those that train together."""
+        return self.mesh
+
+    def context(self) -> Context:
+        """Those that share the tokens of examples with this process; every process must call it."""
+        from torch.distributed.device_mesh import init_device_mesh
+
+        shape = (self.mesh.shares, self.mesh.context, self.mesh.tensor)
+        grid = init_device_mesh(self.gradients.device.type, shape, mesh_dim_names=("data", "context", "tensor"))
+        return Context(self.mesh.piece, self.mesh.context, grid.get_group("context"))
+
     def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """What a function makes of the model and other arguments, its parameters whole meanwhile."""
         return self._computation(function, *arguments)
+
+    def over_pieces(self, sums: torch.Tensor) -> torch.Tensor:
+        """What was summed over the same examples in all processes, each of which computes a piece of them."""
+        torch.distributed.all_reduce(sums)
+        return sums / (self.mesh.count // self.mesh.context)
 
     def computing(self, objective: Objective) -> AbstractContextManager[None]:
         """To be entered around everything that computes with the model."""
@@ -104,7 +124,7 @@ class ShardedMasters(Masters):
 
     def gradient_norm(self) -> float:
         """The Euclidean norm of all gradients of all processes."""
-        square = square_of(self.gradients if self.mesh.counts else self.gradients[: self._once])
+        square = square_of(self.gradients if self.mesh.speaks else self.gradients[: self._once])
         torch.distributed.all_reduce(square)
         return float(square.sqrt())
 
@@ -179,7 +199,7 @@ class ShardedMasters(Masters):
         if name not in self._in_blocks:
             return _chunk(whole, self.mesh.count, self.mesh.number).clone()
         part = whole.chunk(self.mesh.tensor, self._cut[name])[self.mesh.part] if name in self._cut else whole
-        return _chunk(part, self.mesh.shares, self.mesh.share).clone()
+        return _chunk(part, self.mesh.others, self.mesh.place).clone()
 
     @torch.no_grad()
     def publish(self) -> None:
@@ -202,24 +222,28 @@ class ShardedMasters(Masters):
         yield self.model
 
 
-def _spread(computation: _Computation, plan: TensorPlan, precision: str, mesh: Mesh) -> tuple[Any, Any]:
+def _spread(
+    computation: _Computation, plan: TensorPlan, precision: str, mesh: Mesh, device: torch.device | None
+) -> tuple[Any, Any]:
     """Leaves each process its part of the parameters; gives the device mesh of all, and that of `data` and `tensor`."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
     model: Any = computation.model
     grid = None
-    kind = (default_device() if model.device.type == "meta" else model.device).type
+    kind = (device or (default_device() if model.device.type == "meta" else model.device)).type
     everybody = others = init_device_mesh(kind, (mesh.count,))
     if mesh.tensor > 1:
-        grid = init_device_mesh(kind, (mesh.shares, mesh.tensor), mesh_dim_names=("data", "tensor"))
-        cut_products(model, plan, grid["tensor"])
+        grid = init_device_mesh(kind, (mesh.others, mesh.tensor), mesh_dim_names=("data", "tensor"))
         others = grid["data"]
     computes_in = torch.bfloat16 if precision == "bf16" else None
     policy = MixedPrecisionPolicy(computes_in, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    for block in blocks_of(model):
-        fully_shard(block, mesh=others, mp_policy=policy)
-    fully_shard(computation, mesh=everybody, mp_policy=policy)
+    for module in (*blocks_of(model), computation):
+        if device is not None:
+            send_from_first(module, device)
+        if grid is not None and module is not computation:
+            cut_products(module, model, plan, grid["tensor"])
+        fully_shard(module, mesh=everybody if module is computation else others, mp_policy=policy)
     spread: list[Any] = [module for module in computation.modules() if isinstance(module, FSDPModule)]
     for module in spread:
         # The sum over all processes, which is divided once; those that learn from the same examples have the same.

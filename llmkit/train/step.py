@@ -18,6 +18,7 @@ from llmkit.model.objective import Batch, Objective, examples_in, sizes, to_devi
 from llmkit.model.precision import autocast
 from llmkit.train.divergence import Trouble
 from llmkit.train.masters import Masters
+from llmkit.train.mesh import Mesh
 from llmkit.train.micro_batches import Feeder
 
 _EVERYTHING = 2**62  # tokens at once
@@ -54,6 +55,7 @@ class Stepper:
     feeder: Feeder
     optimizer: torch.optim.Optimizer
     masters: Masters
+    mesh: Mesh
     precision: str
     max_grad_norm: float | None
     warn: Callable[[str], None]
@@ -81,7 +83,10 @@ class Stepper:
             batches = self.feeder.take(step, micro_batch_tokens)
             counted = [sizes(batch) for batch in batches]
             own = [sum(map(self.objective.count, batches)), sum(t for t, _ in counted), sum(c for _, c in counted)]
-            own = own if weigh and self.masters.mesh.counts else [0, 0, 0]
+            if not weigh or not self.mesh.speaks:
+                own = [0, 0, 0]
+            elif not self.mesh.counts:  # whose examples are those of another process, too
+                own[1] = 0
             supervised, tokens, computed, stops, saves = self.sum_over_processes([*own, int(stop), int(save)])
             loss, fits = self._backward(batches, supervised, weigh=weigh)
             fits = self._least(fits)
@@ -90,7 +95,7 @@ class Stepper:
             micro_batch_tokens = self._lowered(step, fits)
             _restore_random_state(random, self.accelerator.device)
         assert loss is not None, "a process that ran out of memory begins the step again"
-        mean = self._sum_in_place(loss * self.masters.mesh.counts).item() / max(supervised, 1)
+        mean = self._sum_in_place(loss * self.mesh.speaks).item() / max(supervised, 1)
         grad_norm, trouble = self._update(mean, max(own[0] if self.apart else supervised, 1), rates)
         if trouble is not None and trouble.action != "warn":
             _restore_random_state(random, self.accelerator.device)

@@ -100,9 +100,11 @@ def llama() -> Any:
 
 def test_products_are_shared_by_as_many_as_is_said(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    assert choose("tensor", model=llama)[0] == (4, "tensor")
-    assert choose("tensor", processes=8, model=llama)[0] == (8, "tensor 4 x fsdp 2"), "those of one machine"
-    assert choose(Parallel(tensor=2), model=llama)[0] == (4, "tensor 2 x fsdp 2")
+    assert choose("tensor", model=llama)[0] == (4, "tensor 4")
+    assert choose("tensor", processes=8, model=llama)[0] == (8, "tensor 4 x data 2"), "those of one machine"
+    assert choose(Parallel(tensor=2), model=llama)[0] == (4, "tensor 2 x data 2")
+    assert choose("context", processes=8)[0] == (8, "context 4 x data 2")
+    assert choose(Parallel(tensor=2, context=2), processes=8, model=llama)[0] == (8, "tensor 2 x context 2 x data 2")
     assert choose(Parallel(), model=llama)[0] == (4, "fsdp")
     assert "one process" in choose("tensor", processes=1)[1]["finetune.parallel"][1]
 
@@ -110,7 +112,9 @@ def test_products_are_shared_by_as_many_as_is_said(llama: Any, monkeypatch: pyte
 def test_what_cannot_be_shared_so(llama: Any) -> None:
     with pytest.raises(RecipeError, match="cannot be shared out so") as error:
         choose(Parallel(tensor=3), model=llama)
-    assert error.value.expected == "a number that divides 4"
+    assert error.value.expected == "sizes whose product divides 4"
+    with pytest.raises(RecipeError, match="cannot be shared out so"):
+        choose(Parallel(tensor=2, context=4), model=llama)
     with pytest.raises(RecipeError, match="cannot be cut in 8 parts") as error:
         choose(Parallel(tensor=8), processes=8, model=llama)
     assert error.value.got == "num_key_value_heads is 4, which 8 does not divide"
@@ -154,14 +158,15 @@ def test_a_run_with_adapters_in_two_processes(cli: Cli, tiny_llama: Path, chat_r
 
 
 @pytest.mark.slow
-def test_a_run_whose_products_are_shared(cli: Cli, tiny_llama: Path, chat_rows: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("way", ["tensor", "context"])
+def test_a_run_whose_work_is_shared(cli: Cli, tiny_llama: Path, chat_rows: Path, tmp_path: Path, way: str) -> None:
     settings = ("data.eval=20%", "finetune.steps=4", "finetune.log_every=1", "finetune.precision=fp32")
     words = ["-m", tiny_llama, "-d", chat_rows, *(word for setting in settings for word in ("--set", setting))]
     done = cli("finetune", *words, "-o", tmp_path / "one", "--json")
-    both = in_two_processes("finetune", *words, "-o", tmp_path / "two", "--set", "parallel=tensor")
+    both = in_two_processes("finetune", *words, "-o", tmp_path / "two", "--set", f"parallel={way}")
     assert done.code == 0, done.err
     facts = json.loads((tmp_path / "two" / "run.json").read_text())["stages"]["finetune"]["facts"]
-    assert (facts["processes"], facts["parallel"]) == (2, "tensor")
+    assert (facts["processes"], facts["parallel"]) == (2, f"{way} 2")
     metrics, expected = json.loads(both.out)["metrics"], done.json["metrics"]
     for name in ("loss", "eval_loss", "train_loss"):
         assert metrics[name] == pytest.approx(expected[name], abs=1e-5), name

@@ -117,20 +117,23 @@ def make_fit(folder: Path, train: Corpus, held_out: Corpus | None = None, **give
         "seed": 3,
         "sharded": False,
         "tensor": 1,
+        "context": 1,
     }
     own |= {key: given.pop(key) for key in tuple(given) if key in own}
     training = Training(**({"batch_size": 8, "steps": 12, "log_every": 1, "warmup": 2, "trackers": ()} | given))
     folder.mkdir(exist_ok=True)
     model = own["model"] if own["model"] is not None else tiny_model()
     accelerator = own["accelerator"] or Accelerator(cpu=True)
-    seed_everything(own["seed"] + accelerator.process_index // own["tensor"])
+    mesh = Mesh(accelerator.process_index, accelerator.num_processes, own["tensor"], own["context"])
+    seed_everything(own["seed"] + mesh.place)
     groups = parameter_groups(model, Rates(own["lr"]), weight_decay=training.weight_decay)
     options = training.optimizer.options
     objective = (own["task"] or tiny_task()).objective(
         model, Regularisation(training.label_smoothing, training.neftune_alpha)
     )
-    mesh = Mesh.of_all(own["tensor"])
     masters = ShardedMasters(model, own["precision"], mesh) if own["sharded"] else Masters(model, own["precision"])
+    if isinstance(masters, ShardedMasters) and mesh.context > 1:
+        objective = objective.shared_with(masters.context())
     shape_computation(model, training)
     limit = training.micro_batch_tokens
     return Fit(

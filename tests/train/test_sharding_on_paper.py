@@ -27,11 +27,11 @@ CONFIG = LlamaConfig(  # Llama 3 8B with 4 of its 32 blocks
 
 
 @contextmanager
-def process(number: int, of: int, tensor: int = 1) -> Iterator[ShardedMasters]:
+def process(number: int, of: int, tensor: int = 1, context: int = 1) -> Iterator[ShardedMasters]:
     """What a process holds."""
     distributed.init_process_group("fake", store=FakeStore(), rank=number, world_size=of)
     try:
-        yield ShardedMasters(build_on_meta(CONFIG, "AutoModelForCausalLM"), "bf16", Mesh(number, of, tensor))
+        yield ShardedMasters(build_on_meta(CONFIG, "AutoModelForCausalLM"), "bf16", Mesh(number, of, tensor, context))
     finally:
         distributed.destroy_process_group()
 
@@ -55,10 +55,15 @@ def test_each_process_holds_its_rows_of_everything(processes: int, whole: Master
             assert len(masters.gradients) == held
 
 
-@pytest.mark.parametrize("processes", [8, 64, 1024])
-def test_eight_that_share_products_hold_their_part(processes: int, whole: Masters) -> None:
+@pytest.mark.parametrize(("processes", "context"), [(8, 1), (64, 1), (64, 4), (1024, 16)])
+def test_eight_that_share_products_hold_their_part(processes: int, context: int, whole: Masters) -> None:
     for number in (0, 3, processes - 1):
-        with process(number, processes, tensor=8) as masters:
+        with process(number, processes, 8, context) as masters:
+            shared = masters.context()
+            assert (shared.number, shared.count) == (number // 8 % context, context)
+            assert distributed.get_process_group_ranks(shared.group) == [
+                number - 8 * (shared.number - other) for other in range(context)
+            ]
             for name, weight in whole.weights.items():
                 assert masters.weights[name].shape == masters.rows(name, weight).shape, "so is it cut that is resumed"
             shape = masters.weights["model.layers.2.self_attn.o_proj.weight"].shape

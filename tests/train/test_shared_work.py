@@ -1,4 +1,4 @@
-"""Processes that compute parts of the same products learn what one learns, and go on from each other's checkpoints."""
+"""Processes that share products, or the tokens of examples, learn what one learns, and go on from each other's checkpoints."""
 
 from __future__ import annotations
 
@@ -15,20 +15,27 @@ from safetensors.torch import load_file
 
 pytestmark = pytest.mark.slow
 SHORT = {"batch_size": 5, "steps": 5, "eval_every": 3}
-CASES: dict[str, dict[str, Any]] = {
-    # 25 examples in batches of 4: the seventh batch of an epoch has one example, fewer than there are shares
-    "uneven": {"batch_size": 4, "steps": 9, "eval_every": 4},
-    "micro-batches": SHORT | {"micro_batch_size": 1, "config": {"tie_word_embeddings": True}},
-    "norms of heads": SHORT | {"family": "qwen3"},
-    "biases": SHORT | {"family": "gpt_neox"},
-    "odd sizes": SHORT | {"config": {"intermediate_size": 46, "hidden_size": 36, "head_dim": 8}},
-    "frozen": SHORT | {"frozen": "layers.0", "ema": 0.7},
-    "checkpointed": SHORT | {"activation_checkpointing": True},
-    "bf16": SHORT | {"precision": "bf16"},
+TENSOR, CONTEXT = {"sharded": True, "tensor": 2}, {"sharded": True, "context": 2}
+BOTH = TENSOR | CONTEXT
+# 25 examples in batches of 4: the seventh batch of an epoch has one example, fewer than there are shares
+UNEVEN = {"batch_size": 4, "steps": 9, "eval_every": 4}
+CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "products": (TENSOR, UNEVEN),
+    "products, tied": (TENSOR, SHORT | {"micro_batch_size": 1, "config": {"tie_word_embeddings": True}}),
+    "products, norms of heads": (TENSOR, SHORT | {"family": "qwen3"}),
+    "products, biases": (TENSOR, SHORT | {"family": "gpt_neox"}),
+    "products, frozen": (TENSOR, SHORT | {"frozen": "layers.0", "ema": 0.7}),
+    "products, bf16": (TENSOR, SHORT | {"precision": "bf16"}),
+    "tokens": (CONTEXT, UNEVEN),
+    "tokens, window": (CONTEXT, SHORT | {"family": "mistral", "micro_batch_size": 1}),
+    "tokens, capped scores": (CONTEXT, SHORT | {"family": "gemma2"}),
+    "tokens, checkpointed": (CONTEXT, SHORT | {"activation_checkpointing": True}),
+    "tokens, bf16": (CONTEXT, SHORT | {"precision": "bf16"}),
+    "both": (BOTH, UNEVEN),
+    "both, odd sizes": (BOTH, SHORT | {"config": {"intermediate_size": 46, "hidden_size": 36, "head_dim": 8}}),
 }
-CUT = {"sharded": True, "tensor": 2}
 STOPPED = {"batch_size": 4, "steps": 9, "eval_every": 2, "ema": 0.9}
-DROPPED = STOPPED | CUT | {"dropout": 0.3}
+DROPPED = STOPPED | BOTH | {"dropout": 0.3}
 
 
 def train(folder: Path, processes: int, jobs: list[tuple[str, str, dict[str, Any]]]) -> None:
@@ -37,17 +44,22 @@ def train(folder: Path, processes: int, jobs: list[tuple[str, str, dict[str, Any
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """All trainings in four processes, two for each half of a batch, and some in two."""
-    folder = tmp_path_factory.mktemp("tensor")
+    """All trainings in four processes, and again in two that share nothing."""
+    folder = tmp_path_factory.mktemp("shared")
     random_corpus(folder / "train", 25)
     random_corpus(folder / "eval", 19, seed=9)
-    jobs = [(f"{name}, cut", f"{name}-c", case | CUT) for name, case in CASES.items()]
+    jobs = [(f"{name}; cut", f"{name}-c", case | mesh) for name, (mesh, case) in CASES.items()]
     jobs += [("undisturbed", "u", DROPPED), ("stopped", "r", DROPPED | {"stop_after": 5}), ("resumed", "r", DROPPED)]
-    jobs += [("to-whole, stopped", "to-whole", STOPPED | CUT | {"stop_after": 5})]
+    jobs += [("to-whole, stopped", "to-whole", STOPPED | BOTH | {"stop_after": 5})]
+    wild = {"steps": 9, "lr": 1e30, "max_grad_norm": None, "warmup": 0}
+    jobs += [("diverged", "diverged", wild | BOTH)]
     train(folder, 4, jobs)
-    jobs = [(f"{name}, whole", f"{name}-w", case) for name, case in CASES.items()]
+    jobs = [(f"{name}; whole", f"{name}-w", case) for name, (_, case) in CASES.items()]
     jobs += [("plain", "plain", STOPPED), ("to-whole, resumed", "to-whole", STOPPED)]
-    jobs += [("to-cut, stopped", "to-cut", STOPPED | {"stop_after": 5}), ("to-cut, resumed", "to-cut", STOPPED | CUT)]
+    jobs += [("to-cut, stopped", "to-cut", STOPPED | {"stop_after": 5})]
+    jobs += [("to-tensor, stopped", "to-tensor", STOPPED | {"stop_after": 5})]
+    jobs += [("to-cut, resumed", "to-cut", STOPPED | CONTEXT), ("to-tensor, resumed", "to-tensor", STOPPED | TENSOR)]
+    jobs += [("diverged whole", "diverged whole", wild)]
     train(folder, 2, jobs)
     return folder
 
@@ -59,9 +71,9 @@ def found(folder: Path, name: str) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("name", CASES)
 def test_they_learn_what_whole_ones_learn(name: str, folder: Path) -> None:
-    rough = name == "bf16"
-    whole = found(folder, f"{name}, whole")[0]
-    cut = found(folder, f"{name}, cut")
+    rough = name.endswith("bf16")
+    whole = found(folder, f"{name}; whole")[0]
+    cut = found(folder, f"{name}; cut")
     assert [own["status"] for own in cut] == ["done"] * 4
     for own in cut:
         for step, expected in zip(own["steps"], whole["steps"], strict=True):
@@ -70,7 +82,7 @@ def test_they_learn_what_whole_ones_learn(name: str, folder: Path) -> None:
             assert (step["tokens"], step["lr"]) == (expected["tokens"], expected["lr"])
         for (step, loss), (other_step, other) in zip(own["evaluations"], whole["evaluations"], strict=True):
             assert (step, loss) == (other_step, pytest.approx(other, abs=1e-2 if rough else 1e-5))
-    one, other = load_file(folder / f"{name}, cut.safetensors"), load_file(folder / f"{name}, whole.safetensors")
+    one, other = load_file(folder / f"{name}; cut.safetensors"), load_file(folder / f"{name}; whole.safetensors")
     assert one.keys() == other.keys()
     for key, value in one.items():
         if key.endswith("query_key_value.bias"):  # a key's bias has no gradient but noise, which Adam makes large
@@ -79,10 +91,10 @@ def test_they_learn_what_whole_ones_learn(name: str, folder: Path) -> None:
 
 
 def test_each_process_holds_its_part(folder: Path) -> None:
-    shapes = [own["shapes"] for own in found(folder, "odd sizes, cut")]
+    shapes = [own["shapes"] for own in found(folder, "both, odd sizes; cut")]
     block = "model.layers.0."
     assert [own[f"{block}self_attn.q_proj.weight"] for own in shapes] == [[8, 36]] * 4, (
-        "4 heads of 8 in 2 parts, 2 shares"
+        "4 heads of 8 in 2 parts, over 2"
     )
     assert [own[f"{block}mlp.gate_proj.weight"][0] for own in shapes] == [12, 12, 11, 11], "23 rows of a part"
     assert [own[f"{block}mlp.down_proj.weight"] for own in shapes] == [[18, 23]] * 4
@@ -99,7 +111,7 @@ def test_stopped_and_resumed_it_ends_with_the_same_bits(folder: Path) -> None:
         assert torch.equal(value, whole[key]), key
 
 
-@pytest.mark.parametrize("place", ["to-whole", "to-cut"])
+@pytest.mark.parametrize("place", ["to-whole", "to-cut", "to-tensor"])
 def test_it_goes_on_in_another_way(place: str, folder: Path) -> None:
     resumed, expected = found(folder, f"{place}, resumed")[0], found(folder, "plain")[0]
     assert resumed["resumed"]
@@ -116,3 +128,16 @@ def test_each_process_writes_its_rows(folder: Path) -> None:
     parts = [load_file(newest / f"weights-0000{part}-of-00004.safetensors") for part in (1, 2, 3, 4)]
     rows = [part["model.layers.0.mlp.down_proj.weight"].shape for part in parts]
     assert rows == [(8, 48)] * 4, "whole rows, whatever each process computes with"
+
+
+def test_the_losses_of_a_diverged_step_are_of_whole_examples(folder: Path) -> None:
+    def written(name: str) -> dict[str, Any]:
+        [path] = (folder / name / "diverged").glob("step-*.json")
+        found: dict[str, Any] = json.loads(path.read_text())
+        return found
+
+    assert [own["status"] for own in found(folder, "diverged")] == ["DivergedError"] * 4
+    mine, expected = written("diverged"), written("diverged whole")
+    assert mine["step"] == expected["step"]
+    losses, others = ({e["example"]: e["loss"] for e in told["examples"]} for told in (mine, expected))
+    assert losses == pytest.approx(others, abs=1e-5)
