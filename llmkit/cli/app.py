@@ -202,7 +202,9 @@ def evaluate(
 
     if recipe and model and not recipe.endswith((".yaml", ".yml")):
         raise typer.BadParameter(f"a model is given twice: {recipe} and --model {model}")
-    path, found, settings = model_to_score(recipe, bool(data or eval_data), tuple(against or ()), tuple(set_ or ()))
+    path, found, settings = model_to_score(
+        recipe, bool(data or eval_data), tuple(against or ()), tuple(set_ or ()), out
+    )
     flags = Flags(path, model or found, data, eval_data, task, out, settings, seed, max_time, gpus, processes)
     if learning_curve is not None:
         from llmkit.cli.crossval import SeveralRuns

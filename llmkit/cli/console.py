@@ -66,14 +66,14 @@ class ConsoleReporter:
 
 def standard_error() -> Console:
     """The console for what happens; wide where nothing says how wide it is, so that a log keeps its lines whole."""
-    console = Console(stderr=True)
-    return console if console.is_terminal else Console(stderr=True, width=160)
+    console = Console(emoji=False, stderr=True)
+    return console if console.is_terminal else Console(emoji=False, stderr=True, width=160)
 
 
 def standard_output() -> Console:
     """The console for results."""
-    console = Console(highlight=False, soft_wrap=True)
-    return console if console.is_terminal else Console(highlight=False, soft_wrap=True, width=160)
+    console = Console(emoji=False, highlight=False, soft_wrap=True)
+    return console if console.is_terminal else Console(emoji=False, highlight=False, soft_wrap=True, width=160)
 
 
 def make_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> Table:

@@ -14,7 +14,7 @@ from llmkit.recipe.load import load_recipe
 
 
 def model_to_score(
-    text: str | None, has_data: bool, against: tuple[str, ...], settings: tuple[str, ...]
+    text: str | None, has_data: bool, against: tuple[str, ...], settings: tuple[str, ...], out: Path | None = None
 ) -> tuple[Path | None, str | None, tuple[str, ...]]:
     """The recipe or the model that an argument names, and the settings with what is to be held against it.
 
@@ -24,6 +24,10 @@ def model_to_score(
     if against and "evaluate.against" in said:
         raise typer.BadParameter("`evaluate.against` is given twice, by --set and --against: leave one out")
     path, model = recipe_or_model(text)
+    if path is not None and out is not None and not has_data and (path / "run.json").is_file():
+        raise typer.BadParameter(
+            f"{path} is a run, and is scored where it is: leave out -o, or give --data to score it on"
+        )
     inherited: dict[str, Any] = {}
     if path is not None and has_data and (path / "run.json").is_file():
         model, inherited, path = str(text), _of_run(path), None

@@ -57,7 +57,7 @@ def inspect_command(
 def _show_diff(first: Path | None, second: Path, examples: int, *, as_json: bool) -> None:
     if first is None:
         raise UsageError("--diff compares two runs", expected="`llmkit inspect RUN --diff OTHER_RUN`")
-    console = Console(quiet=True) if as_json else standard_output()
+    console = Console(emoji=False, quiet=True) if as_json else standard_output()
     found = show_difference(console, first, second, examples)
     if as_json:
         print_json({"status": "done", "command": "inspect", "runs": [str(first), str(second)], "examples": found})

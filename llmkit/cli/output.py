@@ -60,7 +60,7 @@ def show_error(error: LlmkitError, *, as_json: bool) -> None:
         problems = [vars(problem) for problem in error.problems] if len(error.problems) > 1 else []
         print_json({"status": "error"} | fields | ({"problems": problems} if problems else {}))
         return
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    console = Console(emoji=False, stderr=True, highlight=False, soft_wrap=True)
     if len(error.problems) > 1:
         console.print(f"[bold red]error:[/] {escape(error.what)}")
     for problem in error.problems:

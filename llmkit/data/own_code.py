@@ -34,6 +34,15 @@ class OwnCode:
             raise RecipeError(f"{self.called} is not there", got=attribute, expected=expected, hint=hint, where=where)
         self.found: Callable[..., Any] = vars(module)[attribute]
 
+    def require_inputs(self, count: int, where: str) -> None:
+        """Raises RecipeError when the function cannot be called with so many inputs."""
+        try:
+            inspect.signature(self.found).bind(*[None] * count)
+        except ValueError:  # some that are built in do not tell
+            return
+        except TypeError as error:
+            raise RecipeError(f"{self.called} cannot take {count} inputs", got=str(error), where=where) from None
+
     @staticmethod
     def path_of(name: str) -> Path:
         """The file of `path.py:name`, from the working directory."""

@@ -53,6 +53,14 @@ class Artifact:
     checksums: Mapping[str, str] = field(default_factory=dict)  # SHA-256 by name relative to the run
 
 
+@dataclass(frozen=True)
+class _Before:
+    """What there was of a stage before it began anew."""
+
+    entry: dict[str, Any]
+    folder: Path
+
+
 class Run:
     """One run directory, locked for this process. Use `Run.open`."""
 
@@ -70,6 +78,9 @@ class Run:
         self._lock = lock
         self._recipe_text = recipe_text
         self.deadline: float | None = None  # of `time.monotonic`: when the command has to be over
+        self._before: _Before | None = None  # what the stage that runs takes the place of
+        self._recipe_before: str | None = None  # until a stage of this command is done
+        self._finished = False
 
     @classmethod
     def open(
@@ -144,6 +155,8 @@ class Run:
 
     def _write_recipe(self) -> None:
         if self._recipe_text is not None:
+            if self._recipe_before is None and not self._finished and (self.path / "recipe.yaml").exists():
+                self._recipe_before = (self.path / "recipe.yaml").read_text(encoding="utf-8")
             write_atomically(self.path / "recipe.yaml", self._recipe_text)
 
     def save(self) -> None:
@@ -180,8 +193,9 @@ class Run:
         What is kept from other inputs may be gone on from: run.json names their fingerprints under `accepts`.
         """
         folder, before = self.folder(stage), self.stage(stage)
-        if not keep and folder.exists():
-            self._put_aside(stage)
+        self._before = None
+        if not keep and folder.exists() and (aside := self._put_aside(stage)) is not None:
+            self._before = _Before(before, aside)
         folder.mkdir(parents=True, exist_ok=True)
         entry = {"state": "running", "started": _now(), "fingerprint": digest_json(inputs), "inputs": inputs}
         accepts = {*before.get("accepts", ()), before.get("fingerprint")} - {entry["fingerprint"], None}
@@ -192,8 +206,29 @@ class Run:
         self.save()
         return folder
 
+    def take_back(self, stage: str) -> bool:
+        """Undoes the start of a stage that came to nothing: what it took the place of is there again, and its recipe.
+
+        False where there was nothing, or other stages of this command are done.
+        """
+        before, self._before = self._before, None
+        if self._finished:
+            return False
+        if self._recipe_before is not None:
+            write_atomically(self.path / "recipe.yaml", self._recipe_before)
+            self._recipe_text = None
+        if before is None:
+            return False
+        shutil.rmtree(self.folder(stage))
+        before.folder.rename(self.folder(stage))
+        self.record["stages"][stage] = before.entry
+        self.save()
+        self.reporter.note(f"what {stage} had made before is back in its place, and the recipe is as it was")
+        return True
+
     def finish(self, artifact: Artifact, seconds: float) -> None:
         """Notes that a stage is done and what it left."""
+        self._before, self._recipe_before, self._finished = None, None, True
         self.stage(artifact.stage).update(
             state="done",
             seconds=round(seconds, 2),
@@ -235,13 +270,13 @@ class Run:
         self.reporter.guess(key, str(value), source)
         self.record["guesses"][key] = {"value": value, "source": source}
 
-    def _put_aside(self, stage: str) -> None:
-        """Moves a stage's folder out of the way: what may have cost hours is kept, an empty start is not."""
+    def _put_aside(self, stage: str) -> Path | None:
+        """Moves a stage's folder out of the way, and says where to: what may have cost hours is kept, an empty start not."""
         folder, entry = self.folder(stage), self.stage(stage)
         worth_keeping = entry.get("state") == "done" or any((folder / "checkpoints").glob("step-*"))
         if not worth_keeping:
             shutil.rmtree(folder)
-            return
+            return None
         target = self.path / "previous" / f"{stage}-{entry.get('fingerprint', 'unknown')[:8]}"
         number = 1
         while target.exists():
@@ -250,6 +285,7 @@ class Run:
         target.parent.mkdir(exist_ok=True)
         folder.rename(target)
         self.reporter.note(f"what {stage} had made before was moved to {target}")
+        return target
 
 
 def _refuse_foreign(path: Path, name: str) -> None:

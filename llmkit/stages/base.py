@@ -32,6 +32,8 @@ class Stage(Protocol):
     Before a stage that `shares` runs in the first, every process calls its `share(recipe, run, process, processes)`, which
     does a part of the work ahead.
 
+    A stage that has `check(recipe, run)` is asked before a training that it comes after, and raises what it would refuse.
+
     What a stage that `resumes` left unfinished is there when it runs again on the same inputs.
     """
 

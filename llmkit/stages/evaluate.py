@@ -70,9 +70,9 @@ class Evaluate:
     def inputs(self, recipe: Recipe, run: Run) -> dict[str, Any]:
         """The corpora, all models' weights, the user's own files, and the keys of `evaluate`.
 
-        Raises RecipeError for models that cannot be scored on the same examples, before anything is moved out of the way.
+        Raises RecipeError as `check` does, before anything is moved out of the way.
         """
-        _refuse_unfit(recipe, run)
+        self.check(recipe, run)
         keys, corpora = recipe.evaluate, _corpora(run)
         found = {f"recipe.evaluate.{key}": value for key, value in result_keys(keys).items() if key != "data_sets"} | {
             "recipe.task": recipe.task,
@@ -88,6 +88,14 @@ class Evaluate:
         for path in map(OwnCode.path_of, filter(is_own_code, keys.metrics)):
             found[f"the file {path.name}"] = digest_file(path) if path.is_file() else None
         return found | benchmark_inputs(recipe)
+
+    def check(self, recipe: Recipe, run: Run) -> None:
+        """Raises RecipeError for models that cannot be scored on the same examples, and for slices that the data have not."""
+        _refuse_unfit(recipe, run)
+        corpus = corpus_in(run, _corpus_name(run)) if recipe.evaluate.slices and run.is_done("preprocess") else None
+        if corpus is not None:
+            task, scoring = _task(recipe, run, corpus), scoring_for(recipe, len(corpus), "fp32")
+            slices_of(recipe, DataSet(HELD_OUT, "the held-out data", task, corpus, np.arange(len(corpus)), scoring))
 
     def share(self, recipe: Recipe, run: Run, process: int, processes: int) -> None:
         """Scores this process's examples and keeps the scores, where the first process finds them."""
@@ -105,6 +113,8 @@ class Evaluate:
 
         What was scored before is not scored again, whichever run it was in; a kill loses a batch.
         """
+        if "parent" in recipe.evaluate.models and "parent" not in others(recipe):
+            run.reporter.note("nothing is held against a parent: this recipe trains nothing, or from scratch")
         data = _data(recipe, run)
         slices = slices_of(recipe, data[HELD_OUT])
         models = _models(recipe, run)

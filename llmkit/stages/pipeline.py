@@ -20,8 +20,10 @@ from typing import Any
 from llmkit import catalog
 from llmkit.errors import (
     ArtifactError,
+    DataError,
     InterruptedByUserError,
     LlmkitError,
+    RecipeError,
     ResourceError,
     StoppedError,
     UsageError,
@@ -83,6 +85,8 @@ def run_stages(
             if not decision.runs:
                 run.reporter.stage(name, "unchanged", decision.why)
                 continue
+            if stage.trains:
+                _look_ahead(recipe, run, target, name)
             if launch is not None and (stage.distributed or stage.shares):  # which says itself that it runs
                 with run.left_alone():
                     launch(name)
@@ -92,7 +96,7 @@ def run_stages(
             if processes.lead:
                 run.start(name, inputs, keep=decision.resume)
             processes.meet(run)
-            with _noting_failure(run, name):
+            with _noting_failure(run, stage):
                 if stage.distributed or stage.shares:
                     processes.require_same(f"the inputs of {name}", partial(stage.inputs, recipe, run))
                 if stage.shares and processes.count > 1:
@@ -107,6 +111,14 @@ def run_stages(
             processes.meet(run)
         processes.part()
     return decisions
+
+
+def _look_ahead(recipe: Recipe, run: Run, target: str | None, name: str) -> None:
+    """Lets the stages that come after a training say what they would refuse, before it begins."""
+    names = stages_for(recipe, target)
+    for later in map(_stage, names[names.index(name) + 1 :]):
+        if (check := getattr(later, "check", None)) is not None:
+            check(recipe, run)
 
 
 def decide_all(
@@ -197,15 +209,21 @@ def _change(key: str, before: Any, now: Any) -> str:
 
 
 @contextmanager
-def _noting_failure(run: Run, name: str) -> Iterator[None]:
-    """Writes into run.json how a stage ended when it did not end well."""
+def _noting_failure(run: Run, stage: Stage) -> Iterator[None]:
+    """Writes into run.json how a stage ended when it did not end well.
+
+    A mistake in what a stage was given undoes its start, unless it has trained: what was there before is as good as ever.
+    """
+    name = stage.name
     try:
         yield
     except (StoppedError, InterruptedByUserError, KeyboardInterrupt):
         run.note_state(name, "stopped")
         raise
     except LlmkitError as error:
-        run.note_state(name, error.kind)
+        mistaken = isinstance(error, RecipeError | DataError | UsageError) and not stage.trains
+        if not (mistaken and run.take_back(name)):
+            run.note_state(name, error.kind)
         raise
     except Exception as error:
         lack = lost_process(error) or _lack_of_resources(error, name)

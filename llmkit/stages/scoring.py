@@ -72,7 +72,8 @@ class ScoredModel:
     def predictions(self, data: DataSet) -> Predictions:
         """What the model says of a data set. Raises ArtifactError when that is not finite."""
         table = self._filled(data)
-        return predictions_of(data.task, data.corpus, table, data.numbers, data.groups(), self.seed)
+        answered = data.to_answer()
+        return predictions_of(data.task, data.corpus, table, data.numbers, answered, data.groups(), self.seed)
 
     def keep_scores(self, data: DataSet) -> None:
         """Only keeps what the model says, for `predictions` to find. Raises ArtifactError when that is not finite."""
@@ -153,7 +154,7 @@ class ScoredModel:
             loaded = load_model(self.folder, task.auto_class, **task.model_changes(load_config(self.folder)))
             if loaded.new_parameters:
                 new = ", ".join(loaded.new_parameters)
-                self.run.reporter.note(f"the {self.name} has no trained {new}: its scores are those of chance")
+                self.run.reporter.warn(f"the {self.name} has no trained {new}: its scores are those of chance")
             self._loaded = loaded.model.to(scoring.device).eval()
             compute_in(self._loaded, scoring.precision)
         return self._loaded

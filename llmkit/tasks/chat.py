@@ -67,9 +67,9 @@ class ChatTask(CausalTask):
         ]
 
     def to_answer(self, corpus: Corpus, scoring: Scoring) -> np.ndarray:
-        """`scoring.generate` conversations where a metric wants answers, else as many as are shown; evenly spaced."""
+        """`scoring.generate` conversations where a metric wants answers, else of these as many as are shown; evenly spaced."""
         scored = scoring.wants(*ON_ANSWERS) or any(map(is_own_code, scoring.metrics))
-        return evenly(scoring.generate if scoring.generate and scored else scoring.samples, len(corpus))
+        return evenly(scoring.generate if scored else min(scoring.generate, scoring.samples), len(corpus))
 
     def predictions(
         self, corpus: Corpus, numbers: np.ndarray, fields: Fields, answers: Mapping[int, str]

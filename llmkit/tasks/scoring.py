@@ -83,11 +83,20 @@ def fill(
 
 
 def predictions_of(
-    task: Task, corpus: Corpus, table: ScoreTable, numbers: np.ndarray, groups: np.ndarray, seed: int
+    task: Task,
+    corpus: Corpus,
+    table: ScoreTable,
+    numbers: np.ndarray,
+    answered: np.ndarray,
+    groups: np.ndarray,
+    seed: int,
 ) -> Predictions:
-    """What metrics need of some examples, by ascending numbers; `groups` are those of the whole corpus, (N,)."""
+    """What metrics need of some examples, by ascending numbers; `groups` are those of the whole corpus, (N,).
+
+    Of the answers that are known, those to the examples that are to be `answered` count, and no others.
+    """
     fields = {name: values[numbers] for name, values in table.fields.items()}
-    chosen = set(numbers.tolist())
+    chosen = set(numbers.tolist()) & set(answered.tolist())
     answers = {number: text for number, text in table.answers.items() if number in chosen}
     found = task.predictions(corpus, numbers, fields, answers)
     return Predictions(found, groups[numbers], task.settings.labels, seed)
@@ -96,7 +105,9 @@ def predictions_of(
 def metric_named(name: str) -> Metric:
     """A metric of the catalogue, or the user's own, `path.py:function`. Raises RecipeError."""
     if catalog.is_own_code(name):
-        return own_metric(OwnCode("metric", name, "evaluate.metrics"))
+        function = OwnCode("metric", name, "evaluate.metrics")
+        function.require_inputs(2, "evaluate.metrics")
+        return own_metric(function)
     found: Metric = catalog.resolve("metric", name, where="evaluate.metrics")
     return found
 
@@ -128,8 +139,9 @@ def evaluate(task: Task, model: Any, corpus: Corpus, scoring: Scoring) -> Scores
     """A model's scores on a whole corpus; nothing is kept."""
     table = ScoreTable(len(corpus))
     everything = np.arange(len(corpus))
-    fill(table, task, model, corpus, everything, scoring, task.to_answer(corpus, scoring))
-    predictions = predictions_of(task, corpus, table, everything, everything, seed=0)
+    answered = task.to_answer(corpus, scoring)
+    fill(table, task, model, corpus, everything, scoring, answered)
+    predictions = predictions_of(task, corpus, table, everything, answered, everything, seed=0)
     _, values, reasons = statistics_of(scoring.metrics, predictions)
     samples = samples_of(task, corpus, {"answer": predictions}, everything, scoring.samples)
     return Scores(values, task.tables(predictions), samples, reasons)

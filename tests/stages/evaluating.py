@@ -75,6 +75,12 @@ class Bench:
         assert done.code == code, done.err
         return done
 
+    def again(self, *given: object, code: int = 0) -> Outcome:
+        """The command on the run that is there."""
+        done = self._cli("evaluate", self.run, *given)
+        assert done.code == code, done.err
+        return done
+
     @property
     def results(self) -> Any:
         return json.loads((self.run / "evaluate" / "results.json").read_text())

@@ -60,6 +60,23 @@ def test_nothing_is_computed_twice(
     assert len(batches) == count
 
 
+def test_answers_that_are_known_count_only_where_they_are_asked_for(
+    bench: Bench, tiny_llama: Path, other_llama: Path, chats: Path
+) -> None:
+    def answered(count: int, *more: object) -> list[int]:
+        bench(tiny_llama, "--data", chats, "--set", f"evaluate.generate={count}", *more)
+        return [line["example"] for line in bench.predictions() if "answer" in line["model"]]
+
+    alone = answered(3, "--set", "evaluate.cache=false")
+    assert len(alone) == 3
+    assert len(answered(7)) == 7
+    assert answered(3) == alone, "whatever is kept"
+    assert answered(0) == []
+    assert "no answer" in bench.results["reasons"]["model"]["rouge1"]
+    assert answered(3, "--against", other_llama) == alone
+    assert bench.results["differences"]["other"]["rouge1"], "of the same examples"
+
+
 def test_other_weights_other_precision_and_other_data_are_computed(
     bench: Bench, tiny_llama: Path, other_llama: Path, chats: Path, batches: list[int]
 ) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import Cli
 from evaluating import Bench, bench, chats, classifier, labelled, own_cache  # noqa: F401
 
 
@@ -21,6 +22,11 @@ def no_tokens(folder: Path, tiny_llama: Path) -> Path:
     tokenizer.add_tokens(["unheard-of"])
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def three_inputs(file: Path) -> str:
+    file.write_text("def three(references, predictions, more):\n    return 1.0\n")
+    return f"{file}:three"
 
 
 WRONG: dict[str, tuple[str, Callable[[Any], tuple[object, ...]], int, tuple[str, ...]]] = {
@@ -36,6 +42,12 @@ WRONG: dict[str, tuple[str, Callable[[Any], tuple[object, ...]], int, tuple[str,
         lambda f: ("--set", "evaluate.metrics=[mine.py:f]"),
         2,
         ("the metric `mine.py:f` is not there",),
+    ),
+    "an own metric of three inputs": (
+        "chat",
+        lambda f: ("--set", f"evaluate.metrics=['{three_inputs(f('tmp_path') / 'own.py')}']"),
+        2,
+        ("own.py:three` cannot take 2 inputs", "missing a required argument"),
     ),
     "another vocabulary": (
         "chat",
@@ -108,6 +120,33 @@ def test_labels_in_another_order_are_refused(bench: Bench, classifier: Path, tmp
     (other / "config.json").write_text(json.dumps(config))
     done = bench(classifier, "--data", labelled(tmp_path / "rows.jsonl", "abc"), "--against", other, code=2)
     assert "has other labels" in done.err
+
+
+def test_what_was_made_before_a_mistake_stays(bench: Bench, tiny_llama: Path, chats: Path, tmp_path: Path) -> None:
+    bench(tiny_llama, "--data", chats, "--set", "evaluate.generate=0")
+    results, recipe = bench.results, (bench.run / "recipe.yaml").read_text()
+    own = tmp_path / "own.py"
+    own.write_text("def fails(references, predictions):\n    raise ValueError('no')\n")
+    for setting, code in (("slices=[topics]", 2), (f"metrics=['{own}:fails']", 3), ("data_sets.far=nowhere.jsonl", 3)):
+        bench.again("--set", "evaluate.generate=2", "--set", f"evaluate.{setting}", code=code)
+        assert bench.results == results
+        assert (bench.run / "recipe.yaml").read_text() == recipe
+    assert "unchanged" in bench.again().err
+
+
+def test_slices_are_looked_for_before_a_training(cli: Cli, tiny_llama: Path, chats: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    settings = ("stages=[preprocess, finetune, evaluate]", "evaluate.slices=[topics]", "finetune.steps=1")
+    words = [word for setting in settings for word in ("--set", setting)]
+    done = cli("run", "-m", tiny_llama, "-d", chats, "--set", "data.eval=20%", "-o", run, *words, "--json")
+    assert (done.code, done.json["what"]) == (2, "no held-out row has the column `topics`")
+    assert not (run / "finetune").exists()
+
+
+def test_a_run_is_scored_where_it_is(bench: Bench, tiny_llama: Path, chats: Path, tmp_path: Path) -> None:
+    bench(tiny_llama, "--data", chats, "--set", "evaluate.generate=0")
+    done = bench.again("-o", tmp_path / "elsewhere", code=2)
+    assert "leave out -o, or give --data" in done.err
 
 
 def test_an_empty_held_out_set(bench: Bench, tiny_llama: Path, tmp_path: Path) -> None:

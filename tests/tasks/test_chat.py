@@ -147,7 +147,7 @@ def test_the_token_that_ends_a_turn_ends_an_answer_even_when_the_model_does_not_
 
     hook = model.lm_head.register_forward_hook(always_end)
     corpus = corpus_of(task, tmp_path / "corpus", ROWS)
-    answers = [s["answer"] for s in task.evaluate(model, corpus, scoring_of(task, generate=0, samples=10)).samples]
+    answers = [s["answer"] for s in task.evaluate(model, corpus, scoring_of(task, generate=10, samples=10)).samples]
     hook.remove()
     assert answers == [""] * 10
 
