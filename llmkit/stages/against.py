@@ -16,7 +16,19 @@ from llmkit.tasks.base import Task
 
 _CLASSIFIER = "ForSequenceClassification"
 _CAUSAL = ("CausalLM", "LMHead", "ConditionalGeneration")  # in the names of classes
-_TAKEN = ("model", "models", "examples", "tables", "samples", "intervals", "differences", "slices", "data_sets", "gaps")
+_TAKEN = (
+    "model",
+    "models",
+    "examples",
+    "tables",
+    "samples",
+    "intervals",
+    "differences",
+    "slices",
+    "data_sets",
+    "gaps",
+    "untrained",
+)
 
 
 def others(recipe: Recipe) -> dict[str, str]:

@@ -131,6 +131,8 @@ class Evaluate:
                 results = results_of(each, comparisons[name], predictions[name])
                 results["slices"] = scored_slices(slices, predictions[name], compare)
         make_room({folder for model in models for folder in model.kept})
+        if untrained := {model.name: list(model.untrained) for model in models if model.untrained}:
+            results["untrained"] = untrained
         add_general(results, comparisons.pop("general", None))
         results["data_sets"] = {name: found.json() for name, found in comparisons.items() if name != HELD_OUT}
         results["gaps"] = all_gaps(comparisons)

@@ -20,7 +20,7 @@ from llmkit.run.reporter import Reporter
 from llmkit.tasks.base import Fields
 from llmkit.tasks.scoring import ScoreTable
 
-VERSION = 1  # raise it when the same model, corpus and precision come to give other scores
+VERSION = 2  # raise it when the same model, corpus and precision come to give other scores
 MOST_BYTES = 2 << 30  # of all that is kept; what was used longest ago goes first
 
 
@@ -43,6 +43,11 @@ class KeptScores(ScoreTable):
         super().add(numbers, fields)
         columns = {name: [str(values.dtype), values.tolist()] for name, values in fields.items()}
         self._write({"examples": numbers, "fields": columns})
+
+    def add_untrained(self, parameters: tuple[str, ...]) -> None:
+        """Takes in which of the model's parameters are new, and keeps that."""
+        super().add_untrained(parameters)
+        self._write({"examples": [], "untrained": list(parameters)})
 
     def add_answers(self, numbers: list[int], answers: list[str]) -> None:
         """Takes in answers, and keeps them."""
@@ -71,6 +76,9 @@ class KeptScores(ScoreTable):
             if said["sha256"] != digest_json(entry)[:16] or not all(0 <= number < self.count for number in numbers):
                 return
         except (ValueError, KeyError, TypeError):
+            return
+        if "untrained" in entry:
+            super().add_untrained(tuple(entry["untrained"]))
             return
         if "answers" in entry:
             if entry["how"] == self._answers_key:

@@ -67,7 +67,9 @@ class ScoredModel:
     keep: bool
     known: Callable[[Any, DataSet, Scoring], Known | None]
     kept: set[Path] = field(default_factory=set)  # folders of the cache that were used
+    untrained: tuple[str, ...] = ()  # its parameters that nothing was ever learnt in
     _loaded: Any = None
+    _new: tuple[str, ...] = ()
 
     def predictions(self, data: DataSet) -> Predictions:
         """What the model says of a data set. Raises ArtifactError when that is not finite."""
@@ -90,6 +92,10 @@ class ScoredModel:
         finally:
             if isinstance(table, KeptScores):
                 table.close()
+        if table.untrained and not self.untrained:
+            new = ", ".join(table.untrained)
+            self.run.reporter.warn(f"the {self.name} has no trained {new}: its scores are those of chance")
+            self.untrained = table.untrained
         return table
 
     def _table(self, data: DataSet) -> ScoreTable:
@@ -129,6 +135,8 @@ class ScoredModel:
                 f"the scores of the {self.name} on {done:,} examples of {data.title} are there already"
             )
         model = self._model(task, scoring)
+        if self._new and not table.untrained:
+            table.add_untrained(self._new)
         scoring = replace(scoring, objective=task.objective(model))
         known = self.known(model, data, scoring) if missing and data.part == (0, 1) else None
         title = f"scoring the {self.name} on {data.title}"
@@ -148,13 +156,11 @@ class ScoredModel:
             progress.close()
 
     def _model(self, task: Task, scoring: Scoring) -> Any:
-        """A new head (a parent that never saw these labels) is seeded, and said to be new."""
+        """A new head (a parent that never saw these labels) is seeded."""
         if self._loaded is None:
             seed_everything(self.seed)
             loaded = load_model(self.folder, task.auto_class, **task.model_changes(load_config(self.folder)))
-            if loaded.new_parameters:
-                new = ", ".join(loaded.new_parameters)
-                self.run.reporter.warn(f"the {self.name} has no trained {new}: its scores are those of chance")
+            self._new = loaded.new_parameters
             self._loaded = loaded.model.to(scoring.device).eval()
             compute_in(self._loaded, scoring.precision)
         return self._loaded

@@ -31,6 +31,7 @@ class ScoreTable:
         self.count = count
         self.fields: Fields = {}
         self.answers: dict[int, str] = {}
+        self.untrained: tuple[str, ...] = ()  # the model's parameters that nothing was ever learnt in: a new head
         self._scored = np.zeros(count, bool)
 
     def add(self, numbers: list[int], fields: Fields) -> None:
@@ -48,6 +49,10 @@ class ScoreTable:
                 self.fields[name] = np.zeros((self.count, *values.shape[1:]), values.dtype)
             self.fields[name][numbers] = values
         self._scored[numbers] = True
+
+    def add_untrained(self, parameters: tuple[str, ...]) -> None:
+        """Takes in which of the model's parameters nothing was ever learnt in."""
+        self.untrained = parameters
 
     def add_answers(self, numbers: list[int], answers: list[str]) -> None:
         """Takes in what a model wrote."""

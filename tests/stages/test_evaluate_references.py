@@ -68,6 +68,14 @@ def test_a_model_with_another_head_is_scored_as_a_new_one(cli: Cli, tiny_bert: P
     done = cli("evaluate", tiny_bert, *flags)
     assert done.code == 0, done.out
     assert done.json["metrics"]["model.loss"] == done.json["metrics"]["other.loss"]
+    for _ in ("computed", "from the cache"):
+        results = json.loads((tmp_path / "run" / "evaluate" / "results.json").read_text())
+        assert {name: "classifier.weight" in new for name, new in results["untrained"].items()} == {
+            "model": True,
+            "other": True,
+        }
+        again = cli("evaluate", tiny_bert, *flags[:-1], "--no-resume")
+        assert "the model has no trained" in again.err
 
 
 def test_one_model_is_in_memory_at_a_time(
