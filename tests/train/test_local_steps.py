@@ -12,6 +12,7 @@ import sharded_processes
 import torch
 from fitting import random_corpus
 from forked import ranks, start, wait_for_all
+from outcomes import found
 from pydantic import ValidationError
 from safetensors.torch import load_file
 
@@ -101,10 +102,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         jobs += [(f"{name}, resumed", f"{name}-r", CASES[name])]
     wait_for_all([start(sharded_processes.main, folder, json.dumps(jobs), env=rank) for rank in ranks(2)])
     return folder
-
-
-def found(folder: Path, name: str) -> list[dict[str, Any]]:
-    return [json.loads(path.read_text()) for path in sorted(folder.glob(f"{name}-[0-9].json"))]
 
 
 @pytest.mark.slow

@@ -7,12 +7,15 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import outcomes
 import pytest
 import torch
 from fitting import random_corpus
+from outcomes import require_same_course
 from safetensors.torch import load_file
 
 pytestmark = pytest.mark.slow
@@ -70,24 +73,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def found(folder: Path) -> Found:
     """What each process found in a training."""
-
-    def read(name: str) -> list[dict[str, Any]]:
-        return [json.loads(path.read_text()) for path in sorted(folder.glob(f"{name}-[0-9].json"))]
-
-    return read
+    return partial(outcomes.found, folder)
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_they_learn_what_whole_ones_learn(name: str, folder: Path, found: Found) -> None:
     rough = name == "bf16"
-    for spread, whole in zip(found(f"{name}, spread"), found(f"{name}, whole"), strict=True):
-        assert spread["status"] == whole["status"] == "done", spread["said"]
-        for step, expected in zip(spread["steps"], whole["steps"], strict=True):
-            assert step["loss"] == pytest.approx(expected["loss"], abs=1e-2 if rough else 1e-5)
-            assert step["grad_norm"] == pytest.approx(expected["grad_norm"], rel=3e-2 if rough else 1e-4)
-            assert (step["tokens"], step["lr"]) == (expected["tokens"], expected["lr"])
-        for (step, loss), (other_step, other) in zip(spread["evaluations"], whole["evaluations"], strict=True):
-            assert (step, loss) == (other_step, pytest.approx(other, abs=1e-2 if rough else 1e-5))
+    require_same_course(found(f"{name}, spread"), found(f"{name}, whole")[0], rough=rough)
     one, other = load_file(folder / f"{name}, spread.safetensors"), load_file(folder / f"{name}, whole.safetensors")
     assert one.keys() == other.keys()
     for key, value in one.items():
