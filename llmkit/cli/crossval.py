@@ -73,7 +73,8 @@ class SeveralRuns:
             if self._lead and not dry_run:
                 whole.begin()
         for fold in range(1, folds + 1):
-            self._say(f"fold {fold} of {folds}", whole.run_of(fold))
+            if not dry_run:
+                self._say(f"fold {fold} of {folds}", whole.run_of(fold))
             if fold > 1 and "pretrain" in recipe.plan and not dry_run:
                 self._take_over_pretraining(whole, fold, started)
             self._run("run", whole.run_of(fold), whole.settings(fold), recipe, started, dry_run=dry_run)
@@ -99,7 +100,8 @@ class SeveralRuns:
             curve.check()
         self._run("evaluate", curve.run, (), recipe, started, dry_run=dry_run)
         for part in curve.smaller:
-            self._say(f"{part} of the training data", curve.run_of(part))
+            if not dry_run:
+                self._say(f"{part} of the training rows", curve.run_of(part))
             self._run("run", curve.run_of(part), curve.settings(part), recipe, started, dry_run=dry_run)
         if dry_run:
             self._show_foreseen("evaluate", curve.run)
@@ -209,9 +211,12 @@ def show_curve(console: Console, found: dict[str, Any]) -> None:
     rows = [["training examples", *(f"{point['train_examples']:,}" for point in points)]]
     for name in found["points"][-1]["scores"]:
         rows.append([name, *(_with_interval(each["scores"].get(name), each["intervals"].get(name)) for each in points)])
-    title = f"{found['name']}: scores over {found['examples']:,} held-out examples, by share of the training data"
+    title = f"{found['name']}: scores over {found['examples']:,} held-out examples, by share of the training rows"
     console.print()
     console.print(make_table(title, ("", *(point["share"] for point in points)), rows))
+    if left_out := found.get("left_out"):
+        instead = "; bits_per_byte can be" if "bits_per_byte" in found["points"][-1]["scores"] else ""
+        console.print(f"{', '.join(left_out['metrics'])} cannot be compared: {left_out['why']}{instead}.")
 
 
 def _numbers(values: list[float], columns: int) -> list[str]:

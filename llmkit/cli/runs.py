@@ -12,6 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
+from llmkit import catalog
 from llmkit.cli.console import ConsoleReporter, make_table, standard_error, standard_output
 from llmkit.cli.output import errors_shown, print_json
 from llmkit.errors import UsageError, did_you_mean
@@ -31,7 +32,7 @@ _SORTS: dict[str, tuple[Callable[[Overview], Any], bool]] = {  # the key, and wh
 
 @dataclass(frozen=True)
 class Wanted:
-    """Which runs to show, and in which order. Raises UsageError when a state or an order is not known."""
+    """Which runs to show, and in which order. Raises UsageError when a state, a task or an order is not known."""
 
     states: tuple[str, ...] = ()
     task: str | None = None
@@ -43,6 +44,8 @@ class Wanted:
         for state in self.states:
             _require_known("--state", state, STATES)
         _require_known("--sort", self.sort, tuple(_SORTS))
+        if self.task is not None:
+            _require_known("--task", self.task, catalog.names("task"))
 
     def chosen(self, runs: Sequence[Overview]) -> list[Overview]:
         """Those that pass, in order; a run without what they are ordered by comes last."""
@@ -74,8 +77,10 @@ def runs_command(folders: Sequence[Path], make_wanted: Callable[[], Wanted], *, 
         found = [read_overview(path) for path in find_runs(places, unreadable.append)]
         shown = wanted.chosen(found)
         if as_json:
-            fields = {"seconds": round(time.monotonic() - started, 2), "unreadable": [str(path) for path in unreadable]}
-            print_json({"status": "done", "command": "runs"} | fields | {"runs": [_as_json(run) for run in shown]})
+            head: dict[str, Any] = {"status": "done", "command": "runs", "run_dir": None}
+            head |= {"seconds": round(time.monotonic() - started, 2), "metrics": {}, "artifacts": {}}
+            fields = {"unreadable": [str(path) for path in unreadable], "runs": [_as_json(run) for run in shown]}
+            print_json(head | fields)
             return
         for path in unreadable:
             ConsoleReporter(standard_error()).warn(f"{plain(str(path))} cannot be read")

@@ -4,27 +4,23 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from llmkit.data.personal.masking import without_secrets
-from llmkit.errors import LlmkitError, UsageError
-from llmkit.recipe.load import dump_recipe, load_recipe
-from llmkit.recipe.schema import STAGES
+from llmkit.errors import UsageError
+from llmkit.report.contestants import Folds, read_contestant, scores, why_no_scores
 from llmkit.report.log import Curve
-from llmkit.report.record import TRAINING_STAGES, Record, read_record, reading
+from llmkit.report.recipe_keys import ABSENT, differing_keys
+from llmkit.report.record import TRAINING_STAGES, Record
 from llmkit.report.words import listed
 
 _OF_ANSWERS = ("generate", "max_new_tokens", "precision")  # keys of `evaluate` that scores depend on
-_NO_KEYS = ("name",)  # of the recipe: what the columns are called by
 _SPARKS = "▁▂▃▄▅▆▇█"
 _SPARK_WIDTH = 24
 COSTS = ("train_seconds", "train_tokens", "tokens_per_second", "peak_memory_bytes", "flops")
-ABSENT = object()
 
 
 @dataclass(frozen=True)
@@ -49,7 +45,10 @@ class Comparison:
 
 
 def compare(paths: Sequence[Path]) -> Comparison:
-    """Reads runs. Raises UsageError for fewer than two, one given twice, or what is no run; ArtifactError when damaged."""
+    """Reads runs and folders of folds.
+
+    Raises UsageError for fewer than two, one given twice, or what is neither; ArtifactError when damaged.
+    """
     if len(paths) < 2:
         raise UsageError(
             "there is nothing to compare with", got=listed([str(p) for p in paths]), expected="two runs or more"
@@ -57,20 +56,14 @@ def compare(paths: Sequence[Path]) -> Comparison:
     for path, count in Counter(path.resolve() for path in paths).items():
         if count > 1:
             raise UsageError("a run is given twice", got=path, expected="different runs")
-    records = tuple(read_record(path) for path in paths)
-    for record in records:
-        with reading(record.path):
-            scores(record)
+    records = tuple(read_contestant(path) for path in paths)
     names = _names(records)
-    keys = _differing_keys(records)
+    keys = differing_keys(records)
+    if "data.fold" in keys:
+        folds = zip(records, keys["data.fold"], strict=True)
+        keys["data.fold"] = tuple(record.fold if isinstance(record, Folds) else value for record, value in folds)
     notes, comparable = _notes(names, records, keys)
     return Comparison(names, records, comparable, tuple(notes), keys)
-
-
-def scores(record: Record) -> dict[str, float]:
-    """The scores of a run's own model."""
-    found = (record.results or {}).get("model") or {}
-    return {metric: value for metric, value in found.items() if isinstance(value, int | float)}
 
 
 def score_interval(record: Record, metric: str) -> Any:
@@ -155,39 +148,6 @@ def _names(records: Sequence[Record]) -> tuple[str, ...]:
     return names
 
 
-def _differing_keys(records: Sequence[Record]) -> dict[str, tuple[Any, ...]]:
-    """Of sections that not all runs have, such as `pretrain`, what differs between those that have them."""
-    flat = [dict(_flat(_resolved(record))) for record in records]
-    keys = dict.fromkeys(key for found in flat for key in found)
-    rows = {key: tuple(found.get(key, ABSENT) for found in flat) for key in keys if key not in _NO_KEYS}
-    sections = [{key.partition(".")[0] for key in found} for found in flat]
-
-    def differs(key: str, values: tuple[Any, ...]) -> bool:
-        section = key.partition(".")[0]
-        own = [value for value, known in zip(values, sections, strict=True) if section in known]
-        return any(value != own[0] for value in own)
-
-    return {key: values for key, values in rows.items() if differs(key, values)}
-
-
-def _resolved(record: Record) -> dict[str, Any]:
-    """The recipe with the defaults of today's keys, as far as it can be read today; without sections that are not used."""
-    recipe: Any = record.recipe
-    with suppress(LlmkitError):
-        recipe = yaml.safe_load(without_secrets(dump_recipe(load_recipe(record.path / "recipe.yaml"))))
-    used = set(recipe.get("stages") or STAGES)
-    return {key: value for key, value in recipe.items() if value is not None and (key not in STAGES or key in used)}
-
-
-def _flat(value: Any, key: str = "") -> list[tuple[str, Any]]:
-    """Dotted keys and plain values; a list of plain values is one value."""
-    if isinstance(value, Mapping) and value:
-        return [item for name, inner in value.items() for item in _flat(inner, f"{key}.{name}" if key else str(name))]
-    if isinstance(value, list) and any(isinstance(item, dict | list) for item in value):
-        return [item for place, inner in enumerate(value) for item in _flat(inner, f"{key}.{place}")]
-    return [(key, value)]
-
-
 def _notes(
     names: Sequence[str], records: Sequence[Record], keys: Mapping[str, tuple[Any, ...]]
 ) -> tuple[list[str], bool]:
@@ -209,7 +169,9 @@ def _notes(
     comparable = not notes
     for name, record in zip(names, records, strict=True):
         if not scores(record):
-            notes.append(f"{name} has no scores: `llmkit evaluate {record.path}` makes them.")
+            notes.append(f"{name} has no scores: {why_no_scores(record)}")
+        if isinstance(record, Folds):
+            notes.append(f"{name} is {record.about}.")
     other = [f"evaluate.{key}" for key in _OF_ANSWERS if f"evaluate.{key}" in keys]
     if comparable and other:
         notes.append(f"Some scores may not be comparable: {listed(other)} differ.")

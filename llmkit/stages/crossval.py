@@ -6,6 +6,7 @@ is a rough one (Bengio and Grandvalet, "No Unbiased Estimator of the Variance of
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -19,6 +20,7 @@ import numpy as np
 from llmkit import catalog
 from llmkit.errors import RecipeError, UsageError
 from llmkit.files import digest_json, read_json, write_json
+from llmkit.model.folder import tokenizer_digest
 from llmkit.recipe.schema import Recipe
 from llmkit.recipe.values import is_share, share
 from llmkit.run.directory import Run
@@ -27,6 +29,20 @@ from llmkit.stages.base import Stage
 CROSSVAL, CURVE, CURVE_RUNS = "crossval.json", "learning_curve.json", "learning-curve"
 _TRAINING = ("pretrain", "finetune")
 _NOT_A_FOLD = {CROSSVAL, "error.log", "report.html"}
+_UNBOUNDED = (-math.inf, math.inf)
+RANGES: dict[str, tuple[float, float]] = {  # of the catalogue's metrics: the lowest and the highest possible value
+    **dict.fromkeys(("loss", "bits_per_byte", "mae", "mse", "rmse"), (0.0, math.inf)),
+    "perplexity": (1.0, math.inf),
+    **dict.fromkeys(("token_accuracy", "exact_match", "rouge1", "rouge2", "rougeL", "accuracy", "roc_auc"), (0.0, 1.0)),
+    **dict.fromkeys(
+        ("balanced_accuracy", "precision", "recall", "f1", "f1_micro", "ece", "ece_calibrated"), (0.0, 1.0)
+    ),
+    **dict.fromkeys(("bleu", "chrf"), (0.0, 100.0)),
+    **dict.fromkeys(("pearson", "spearman"), (-1.0, 1.0)),
+    "r2": (-math.inf, 1.0),
+}
+_PER_TOKEN = ("loss", "perplexity", "token_accuracy")  # what they average over depends on the tokenizer
+_WHOLE_EXAMPLES = ("classify", "regress")  # tasks whose loss is of an example, whatever its tokens
 
 
 @dataclass(frozen=True)
@@ -166,18 +182,23 @@ def over_folds(scores: Sequence[Mapping[str, Mapping[str, float]]]) -> dict[str,
     differences = {}
     for who in (name for name in scores[0] if name != "model"):
         pairs = [(fold["model"], fold.get(who, {})) for fold in scores]
-        differences[who] = _by_metric([{m: a[m] - b[m] for m in a if m in b} for a, b in pairs])
+        differences[who] = _by_metric([{m: a[m] - b[m] for m in a if m in b} for a, b in pairs], differences=True)
     return {"scores": found} | ({"differences": differences} if differences else {})
 
 
-def _by_metric(folds: Sequence[Mapping[str, float]]) -> dict[str, Any]:
-    return {metric: spread([fold[metric] for fold in folds if metric in fold]) for metric in folds[0]}
+def _by_metric(folds: Sequence[Mapping[str, float]], *, differences: bool = False) -> dict[str, Any]:
+    found = {}
+    for metric in folds[0]:
+        low, high = RANGES.get(metric.removeprefix("general_"), _UNBOUNDED)
+        bounds = (low - high, high - low) if differences else (low, high)
+        found[metric] = spread([fold[metric] for fold in folds if metric in fold], bounds)
+    return found
 
 
-def spread(values: Sequence[float]) -> dict[str, Any]:
+def spread(values: Sequence[float], bounds: tuple[float, float] = _UNBOUNDED) -> dict[str, Any]:
     """The mean, the standard deviation (of a sample), and the 95 % interval of the mean by Student's t distribution.
 
-    One value has neither.
+    One value has neither. The interval ends where the possible values do.
     """
     from scipy.stats import t
 
@@ -186,7 +207,7 @@ def spread(values: Sequence[float]) -> dict[str, Any]:
     if count > 1:
         std = float(np.std(values, ddof=1))
         reach = float(t.ppf(0.975, count - 1)) * std / count**0.5
-        found |= {"std": std, "interval": [mean - reach, mean + reach]}
+        found |= {"std": std, "interval": [max(mean - reach, bounds[0]), min(mean + reach, bounds[1])]}
     return found
 
 
@@ -253,8 +274,20 @@ class LearningCurve:
         if "parent" in whole["scores"]:
             intervals = whole.get("intervals", {}).get("parent", {})
             curve["before"] = {"scores": whole["scores"]["parent"], "intervals": intervals}
+        curve |= self._leave_out([*points, *([curve["before"]] if "before" in curve else [])])
         write_json(self.run / CURVE, curve)
         return curve
+
+    def _leave_out(self, points: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """Takes scores out that other tokenizers make incomparable; gives their names and why, or nothing."""
+        digests = {tokenizer_digest(self.run_of(part) / "preprocess" / "tokenizer") for part in self.shares}
+        if self.recipe.task in _WHOLE_EXAMPLES or len(digests) == 1:
+            return {}
+        names = [name for name in points[0]["scores"] if name.removeprefix("general_") in _PER_TOKEN]
+        for point in points:
+            for key in ("scores", "intervals"):
+                point[key] = {name: value for name, value in point[key].items() if name not in names}
+        return {"left_out": {"metrics": names, "why": "the shares' tokenizers differ, and with them the tokens"}}
 
 
 def _are_numbers(values: Any) -> bool:

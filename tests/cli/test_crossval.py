@@ -183,6 +183,9 @@ def test_a_dry_run_says_what_each_fold_would_do(cli: Cli, recipe: Path) -> None:
     found = done(cli("crossval", recipe, "--folds", 2, "-o", "out", "--dry-run", "--json")).json
     assert list(found["runs"]) == ["out/fold-1", "out/fold-2"]
     assert all(stage["runs"] for run in found["runs"].values() for stage in run.values())
+    told = done(cli("crossval", recipe, "--folds", 2, "-o", "out", "--dry-run"))
+    assert "out/fold-2" in told.out
+    assert "running" not in told.err + told.out
     assert not Path("out").exists()
 
 
@@ -226,6 +229,32 @@ def test_a_learning_curve_has_a_run_for_each_share(cli: Cli, recipe: Path) -> No
     assert "it has not run yet" not in again.err
     assert "before" in again.out
     assert f"{points[0]['scores']['loss']:.4f}" in again.out
+
+
+def test_shares_with_tokenizers_of_their_own_are_compared_by_bytes(cli: Cli, text_rows: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "own.yaml"
+    recipe.write_text(f"""\
+name: own
+task: text
+stages: [preprocess, pretrain, evaluate]
+data: {{train: {text_rows}, eval: 20%, max_length: 32, leaks: "off"}}
+pretrain:
+  steps: 2
+  batch_size: 4
+  lr: 1.0e-3
+  precision: fp32
+  architecture: {{model_type: gpt2, n_layer: 1, n_head: 2, n_embd: 16, n_positions: 32}}
+  tokenizer: {{train: bpe, vocab_size: 400}}
+evaluate: {{generate: 0, samples: 0, train_sample: 0, precision: fp32, resamples: 100}}
+""")
+    done(cli("run", recipe, "-o", "run", "-q"))
+    outcome = done(cli("evaluate", recipe, "-o", "run", "--learning-curve", "20%,100%"))
+    assert "by share of the training rows" in outcome.out
+    assert "loss, perplexity cannot be compared: the shares' tokenizers differ" in " ".join(outcome.out.split())
+    curve = json.loads(Path("run/learning_curve.json").read_text())
+    assert curve["left_out"]["metrics"] == ["loss", "perplexity"]
+    for point in curve["points"]:
+        assert set(point["scores"]) == {"bits_per_byte"} >= set(point["intervals"])
 
 
 def ids_of(run: Path) -> set[bytes]:

@@ -85,12 +85,21 @@ def test_what_is_not_known_is_a_usage_error(cli: Cli, some: Path) -> None:
     for arguments, hint in (
         (("--state", "aliv"), "did you mean `alive`?"),
         (("--sort", "los"), "did you mean `loss`?"),
+        (("--task", "clasify"), "did you mean `classify`?"),
+        (("--task", "nonsense"), ""),
         ((some / "nowhere",), ""),
         ((some / "a" / "run.json",), ""),
     ):
         wrong = cli("runs", *arguments, "--json")
         assert (wrong.code, wrong.json["kind"]) == (2, "usage")
         assert hint in (wrong.json["hint"] or "")
+
+
+def test_json_has_the_keys_that_all_commands_have(cli: Cli, some: Path) -> None:
+    found = cli("runs", some, "--json").json
+    assert (found["status"], found["command"], found["run_dir"]) == ("done", "runs", None)
+    assert (found["metrics"], found["artifacts"]) == ({}, {})
+    assert found["seconds"] >= 0
 
 
 def test_a_damaged_run_is_shown_beside_the_others(cli: Cli, some: Path) -> None:

@@ -62,6 +62,35 @@ def test_the_interval_covers_the_mean_as_often_as_it_says() -> None:
     assert 0.935 < np.mean(covered) < 0.965
 
 
+def test_intervals_stay_among_the_possible_values() -> None:
+    whole = {
+        "precision": [0.18, 0.04, 0.04],
+        "bleu": [1.0, 0.5, 99.0],
+        "loss": [0.1, 4.0, 0.2],
+        "mine": [0.1, 4.0, 0.2],
+    }
+    whole |= {"general_perplexity": [1.1, 9.0, 1.2], "accuracy": [1.0, 0.8, 1.0], "r2": [0.99, 0.2, 1.0]}
+    folds = [{metric: values[n] for metric, values in whole.items()} for n in range(3)]
+    found = over_folds([{"model": fold, "parent": fold | {"precision": 1.0}} for fold in folds])
+    intervals = {metric: each["interval"] for metric, each in found["scores"]["model"].items()}
+    assert intervals["precision"][0] == 0.0
+    assert intervals["bleu"] == [0.0, 100.0]
+    assert intervals["loss"][0] == 0.0
+    assert intervals["loss"][1] > 4.0
+    assert intervals["mine"][0] < 0.0, "nothing is known of the user's own"
+    assert intervals["general_perplexity"][0] == 1.0
+    assert intervals["accuracy"][1] == 1.0
+    assert intervals["r2"][1] == 1.0
+    assert found["differences"]["parent"]["precision"]["interval"][0] == -1.0
+
+
+def test_every_metric_of_the_catalogue_has_a_range() -> None:
+    from llmkit import catalog
+    from llmkit.stages.crossval import RANGES
+
+    assert set(catalog.names("metric")) <= set(RANGES)
+
+
 def test_differences_are_taken_fold_by_fold() -> None:
     folds = [
         {"model": {"loss": 1.0, "f1": 0.5}, "parent": {"loss": 2.0}},
