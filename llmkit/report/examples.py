@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from llmkit.report.blocks import Block, Example, Examples, Prose, Said, Section
+from llmkit.report.names import name_of
 from llmkit.report.record import Record
 from llmkit.report.words import number
 
@@ -20,7 +21,7 @@ _FEWEST_ANSWERS = 10  # written ones, from which on only examples with one are s
 
 def example_section(record: Record) -> Section:
     """From predictions.jsonl, or where there is none from the samples of the results."""
-    title = "Before and after" if record.others else "Examples"
+    title = "Before and after" if "parent" in record.others else "Examples"
     if record.predictions is None:
         samples = (record.results or {}).get("samples") or []
         blocks: list[Block] = [_samples(samples, record.others)] if samples else []
@@ -53,7 +54,7 @@ def example_section(record: Record) -> Section:
         shown_before |= {line.get("example") for line in lines}
         if lines:
             shown = without_common_parts([_prompt(line) for line in lines])
-            examples = [_example(line, text, who) for line, text in zip(lines, shown, strict=True)]
+            examples = [_example(line, text, record.others[:1]) for line, text in zip(lines, shown, strict=True)]
             blocks.append(Examples(name, examples))
     if blocks:
         how = (
@@ -127,7 +128,7 @@ def _prompt(line: Mapping[str, Any]) -> str:
     return str(line.get("prompt") or line.get("text") or "")
 
 
-def _example(line: Mapping[str, Any], prompt: str, who: str | None) -> Example:
+def _example(line: Mapping[str, Any], prompt: str, others: Sequence[str]) -> Example:
     source = line.get("source")
     place = source if isinstance(source, str) else None
     if isinstance(source, dict):
@@ -136,20 +137,25 @@ def _example(line: Mapping[str, Any], prompt: str, who: str | None) -> Example:
     said = (
         [Said("reference", clipped(str(line["reference"]), _ANSWER_CHARS))] if line.get("reference") is not None else []
     )
-    for one, name in ((who, "before"), ("model", "after" if who else "answer")):
-        if one is None or not _said(line, one):
-            continue
-        loss, probability = _loss(line, one), _said(line, one).get("probability")
-        notes = [f"loss {number(loss)}"] if loss is not None else []
-        notes += [f"probability {probability:.0%}"] if isinstance(probability, int | float) else []
-        said.append(Said(name, clipped(_answer(line, one) or "", _ANSWER_CHARS), ", ".join(notes)))
+    said += [_said_by(line, one, others) for one in (*others, "model") if _said(line, one)]
     return Example(title, clipped(prompt, _PROMPT_CHARS), said)
+
+
+def _said_by(line: Mapping[str, Any], one: str, others: Sequence[str]) -> Said:
+    """What a model answered, and its loss; the loss alone where it wrote nothing and there is nothing to hold it against."""
+    loss, probability, answer = _loss(line, one), _said(line, one).get("probability"), _answer(line, one)
+    name = name_of(one, others) if others else "answer" if answer is not None else "loss"
+    if name == "loss":
+        return Said(name, number(loss))
+    notes = [f"loss {number(loss)}"] if loss is not None else []
+    notes += [f"probability {probability:.0%}"] if isinstance(probability, int | float) else []
+    return Said(name, clipped(answer or "", _ANSWER_CHARS), ", ".join(notes))
 
 
 def _samples(samples: Sequence[Mapping[str, Any]], others: Sequence[str]) -> Examples:
     prompts = without_common_parts([str(sample.get("prompt", "")) for sample in samples])
-    names = (("reference", "reference"), *((one, "before" if one == "parent" else one) for one in others))
-    names += (("model", "after" if others else "answer"),)
+    names = (("reference", "reference"), *((one, name_of(one, others)) for one in others))
+    names += (("model", name_of("model", others) if others else "answer"),)
     examples = [
         Example(
             f"Sample {place}",

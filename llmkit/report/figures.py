@@ -7,15 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 from llmkit.report.chart import FROZEN, HUES, INK, LEARNING, LINES, MUTED, PAPER, THAWING, Chart, draw, label
 from llmkit.report.log import Curve
-from llmkit.report.model_parts import LEARNS, MIXED, STILL, THAWS, Part
+from llmkit.report.model_parts import ADAPTED, LEARNS, MIXED, STILL, THAWS, Part
+from llmkit.report.names import name_of
 from llmkit.report.words import listed, measure, number, plural, short_count, title_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _MARKED = 40  # points of a curve, up to which each has a mark
-_COLOURS = {STILL: FROZEN, LEARNS: LEARNING, THAWS: THAWING, MIXED: THAWING}
-_HATCHES = {STILL: "////", LEARNS: None, THAWS: "--", MIXED: "xx"}
+_COLOURS = {STILL: FROZEN, ADAPTED: LEARNING, LEARNS: LEARNING, THAWS: THAWING, MIXED: THAWING}
+_HATCHES = {STILL: "////", ADAPTED: "////", LEARNS: None, THAWS: "--", MIXED: "xx"}
 
 
 def curves(key: str, title: str, named: Mapping[str, Curve], unit: str, *, log: bool = False) -> Chart:
@@ -137,9 +138,9 @@ def ranges(
     key: str, title: str, metric: str, rows: Sequence[tuple[str, Mapping[str, tuple[float, Any]]]], who: Sequence[str]
 ) -> Chart:
     """Values with their intervals, a line for each row and a mark for each model: `who` -> value, [low, high] or None."""
-    names = {"model": "after" if len(who) > 1 else "model", "parent": "before"}
+    names = {one: name_of(one, who) for one in who}
     told = [
-        f"{label(name)}: " + ", ".join(f"{names.get(one, one)} {number(found[one][0])}" for one in who if one in found)
+        f"{label(name)}: " + ", ".join(f"{names[one]} {number(found[one][0])}" for one in who if one in found)
         for name, found in rows
     ]
 
@@ -154,7 +155,7 @@ def ranges(
                 if isinstance(bounds, list | tuple) and None not in bounds:
                     axes.plot(bounds, [place + shift] * 2, color=hue, lw=1.6, solid_capstyle="butt")
                 axes.plot([value], [place + shift], mark, color=hue, ms=4.2)
-            axes.plot([], [], f"{mark}-", color=hue, ms=4.2, label=label(names.get(one, one)))
+            axes.plot([], [], f"{mark}-", color=hue, ms=4.2, label=label(names[one]))
         axes.set_yticks(range(len(rows)), [label(name) for name, _ in rows])
         axes.set_ylim(len(rows) - 0.45, -0.55)
         axes.set_xlabel(title_of(metric))
@@ -198,7 +199,7 @@ def model_picture(key: str, parts: Sequence[Part]) -> Chart:
         if part.stack:
             rows.setdefault(part.stack, []).append(part)
     stacks = list(rows.values()) or [[]]
-    states = [state for state in (STILL, LEARNS, THAWS, MIXED) if any(part.state == state for part in parts)]
+    states = [state for state in (STILL, ADAPTED, LEARNS, THAWS, MIXED) if any(part.state == state for part in parts)]
     told = listed([f"{sum(p.state == state for p in parts)} of {len(parts)} parts: {state}" for state in states])
 
     def paint(axes: Axes) -> None:

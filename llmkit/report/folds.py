@@ -11,11 +11,11 @@ from llmkit.data.personal.masking import without_secrets
 from llmkit.files import read_json
 from llmkit.report import figures
 from llmkit.report.blocks import Block, Charts, Code, Figure, Prose, Section, Table
+from llmkit.report.names import name_of, spoken
 from llmkit.report.record import TRAINING_STAGES, Record, read_record, reading
 from llmkit.report.render import render
-from llmkit.report.scores import VERDICTS, name_of
 from llmkit.report.surroundings import surroundings_section
-from llmkit.report.verdict import NONE, Change, Verdict, headline_metric, judged, worded
+from llmkit.report.verdict import NONE, Change, Verdict, headline_metric, judged, together, worded
 from llmkit.report.words import DASH, duration, interval, number, plural, signed, title_of
 
 CROSSVAL = "crossval.json"  # in a folder of folds
@@ -32,7 +32,7 @@ def folds_html(folder: Path) -> str:
         runs = [run for run in found["runs"] if (folder / str(run["run"]) / "run.json").is_file()]
         records = [read_record(folder / str(run["run"])) for run in runs]
         metric = headline_metric(records[0]) if records else None
-        verdict = _verdict(found, metric)
+        verdict = _verdict(found, metric, records)
         sections = [_scores(found, runs, metric, verdict), _curves(records), _folds(found, runs)]
         sections += [surroundings_section(records[0]), _again(found, records[0])] if records else []
         return render(
@@ -40,6 +40,7 @@ def folds_html(folder: Path) -> str:
             kind="crossval",
             title=str(found["name"]),
             sentence=_sentence(found, runs, records),
+            failures=[],
             states=_states(folder, found),
             verdict=verdict,
             figures=_figures(found, runs, metric),
@@ -79,17 +80,19 @@ def _changes(found: Mapping[str, Any], who: str) -> list[Change]:
     return changes
 
 
-def _verdict(found: Mapping[str, Any], metric: str | None) -> Verdict | None:
+def _verdict(found: Mapping[str, Any], metric: str | None, records: Sequence[Record]) -> Verdict | None:
     mine = ((found.get("scores") or {}).get("model") or {}).get(metric)
     if metric is None or not mine:
         return None
     name, over = f"mean {title_of(metric)}", plural(int(found["done"]), "fold")
+    each = []
     for who in found.get("differences") or {}:
-        changes = _changes(found, who)
+        changes, against = _changes(found, who), spoken(records[0], who)
         head = next((change for change in changes if change.metric == metric), None)
         if head is not None:
-            against = {"parent": "its parent", "other": "the other model"}.get(who, who)
-            return worded(head, changes, name, against, over)
+            each.append((against, worded(head, changes, name, against, over)))
+    if each:
+        return together(each)
     bounds = interval(mine["interval"])
     sentence = f"The {name} over {over} is {number(mine['mean'])}" + (f" (95 % interval {bounds})" if bounds else "")
     return Verdict(NONE, "Scored", f"{sentence}; it was held against no other model.")
@@ -123,12 +126,12 @@ def _scores(
         rows = [
             [
                 *(title_of(change.metric), number(change.before), number(change.after), signed(change.difference)),
-                *(interval([change.low, change.high]) or DASH, VERDICTS.get(change.verdict, DASH)),
+                *(interval([change.low, change.high]) or DASH, change.judgement or DASH),
             ]
             for change in changes
         ]
-        marks = {(place, 5): change.verdict for place, change in enumerate(changes) if change.verdict in VERDICTS}
-        columns = ("metric", name_of(who), "after", "difference", "95 % interval", "verdict")
+        marks = {(place, 5): change.mark for place, change in enumerate(changes) if change.mark}
+        columns = ("metric", name_of(who, others), name_of("model", others), "difference", "95 % interval", "verdict")
         blocks.append(Table(f"Means over {plural(len(runs), 'fold')}", columns, rows, frozenset({5}), marks))
     if metric is not None:
         blocks.append(Charts([_chart(found, runs, metric, [*others, "model"])]))
@@ -144,7 +147,7 @@ def _scores(
             if len(each["values"]) == len(names)
         ]
         titles = ("metric", *names, "mean", "standard deviation", "95 % of the mean")
-        blocks.append(Table(f"Scores by fold, {name_of(who)}" if others else "Scores by fold", titles, rows))
+        blocks.append(Table(f"Scores by fold, {name_of(who, others)}" if others else "Scores by fold", titles, rows))
     return Section("scores", title, [*blocks, Prose(_ROUGH)])
 
 

@@ -13,7 +13,9 @@ from typing import Any
 
 _NUMBERED = re.compile(r"^((?:[^.\d][^.]*\.)+)(\d+)\.")
 _LONGEST_HEADER = 100 << 20  # bytes; as safetensors has it
+_PREFIX = "base_model.model."  # of the names in PEFT's files
 STILL, LEARNS, THAWS, MIXED = "stands still", "learns", "thaws", "in part"
+ADAPTED = "stands still, adapters learn beside it"
 
 
 @dataclass(frozen=True)
@@ -29,12 +31,42 @@ class Part:
     thaws_at: str | None = None
 
 
-def model_parts(plan: Mapping[str, Any], sizes: Mapping[str, int]) -> list[Part]:
+@dataclass(frozen=True)
+class Adapters:
+    """What learns where adapters do: those beside some modules, by path, and some parameters of the model's own, by name.
+
+    Their sizes are None before fine-tuning is done.
+    """
+
+    beside: frozenset[str]
+    own: frozenset[str]
+    parameters: int | None = None
+    own_parameters: int | None = None
+
+
+def read_adapters(folder: Path) -> Adapters | None:
+    """What a folder of adapters holds; None where there are none."""
+    sizes = {name.removeprefix(_PREFIX): size for name, size in parameter_sizes([folder]).items()}
+    if not sizes:
+        return None
+    own = {name: size for name, size in sizes.items() if ".lora_" not in name}
+    beside = frozenset(name.partition(".lora_")[0] for name in sizes if name not in own)
+    return Adapters(beside, frozenset(own), sum(sizes.values()) - sum(own.values()), sum(own.values()))
+
+
+def planned_adapters(plan: Mapping[str, Any]) -> Adapters:
+    """What is to learn by a freeze plan: adapters in blocks that it leaves free, and what it leaves free beside blocks."""
+    stacks = _stacks([*plan["frozen"], *plan["trainable"]])
+    inside = {name for name in plan["trainable"] if (found := _NUMBERED.match(name)) and found[1] in stacks}
+    return Adapters(frozenset(map(_module, inside)), frozenset(plan["trainable"]) - inside)
+
+
+def model_parts(plan: Mapping[str, Any], sizes: Mapping[str, int], adapters: Adapters | None = None) -> list[Part]:
     """The parts of the model of a freeze plan, in the order of its parameters."""
     frozen, trainable = list(plan["frozen"]), list(plan["trainable"])
     thaws = {name: str(thaw["at"]) for thaw in plan.get("thaws", []) for name in thaw["names"]}
     names = _in_order(frozen, trainable)
-    stands = set(frozen)
+    states_of = _states(plan, adapters)
     grouped: dict[tuple[str | None, int, str], list[str]] = defaultdict(list)
     stacks = _stacks(names)
     for name in names:
@@ -46,7 +78,7 @@ def model_parts(plan: Mapping[str, Any], sizes: Mapping[str, int]) -> list[Part]
             grouped[None, 0, _beside(name)].append(name)
     parts = []
     for (group, number, title), members in grouped.items():
-        states = {THAWS if name in thaws else STILL if name in stands else LEARNS for name in members}
+        states = {states_of[name] for name in members}
         counts = [sizes.get(name) for name in members]
         parts.append(
             Part(
@@ -54,12 +86,26 @@ def model_parts(plan: Mapping[str, Any], sizes: Mapping[str, int]) -> list[Part]
                 stack=group,
                 number=number,
                 tensors=len(members),
-                state=states.pop() if len(states) == 1 else MIXED,
+                state=ADAPTED if ADAPTED in states else states.pop() if len(states) == 1 else MIXED,
                 parameters=None if None in counts else sum(count or 0 for count in counts),
                 thaws_at=next((thaws[name] for name in members if name in thaws), None),
             )
         )
     return parts
+
+
+def _states(plan: Mapping[str, Any], adapters: Adapters | None) -> dict[str, str]:
+    """What becomes of each parameter."""
+    names = [*plan["frozen"], *plan["trainable"]]
+    if adapters is not None:
+        still = {name: ADAPTED if _module(name) in adapters.beside else STILL for name in names}
+        return still | {name: LEARNS for name in names if name in adapters.own}
+    found = dict.fromkeys(plan["frozen"], STILL) | dict.fromkeys(plan["trainable"], LEARNS)
+    return found | {name: THAWS for thaw in plan.get("thaws", []) for name in thaw["names"]}
+
+
+def _module(name: str) -> str:
+    return name.rpartition(".")[0]
 
 
 def runs_of(parts: Sequence[Part]) -> list[tuple[str, str, int, int | None]]:

@@ -15,7 +15,8 @@ from llmkit.report.learning_curve import curve_section
 from llmkit.report.record import Record, read_record, reading
 from llmkit.report.render import render
 from llmkit.report.scores import error_section, score_section, slice_section
-from llmkit.report.summary import key_figures, states, what_was_done
+from llmkit.report.states import failures, states
+from llmkit.report.summary import key_figures, what_was_done
 from llmkit.report.surroundings import cost_section, recipe_section, surroundings_section
 from llmkit.report.training import model_section, training_section
 from llmkit.report.verdict import verdict
@@ -71,6 +72,7 @@ def report_html(record: Record) -> str:
             kind="run",
             title=record.name,
             sentence=what_was_done(record),
+            failures=failures(record),
             states=states(record),
             verdict=verdict(record),
             figures=key_figures(record),

@@ -49,6 +49,26 @@ class Record:
         """True when run.json says so."""
         return bool(self.stages.get(stage, {}).get("state") == "done")
 
+    @property
+    def only_scores(self) -> bool:
+        """True for a run that evaluates a model and trains none."""
+        return "evaluate" in self.stages and not any(stage in self.stages for stage in TRAINING_STAGES)
+
+    @property
+    def adapter(self) -> dict[str, Any] | None:
+        """What the recipe says of the adapters that fine-tuning trains; None where it trains the weights."""
+        found = (self.recipe.get("finetune") or {}).get("adapter")
+        return found if isinstance(found, dict) else None
+
+    @property
+    def learning_parameters(self) -> int | None:
+        """How many parameters fine-tuning trains; what the freeze plan leaves free before it has begun to."""
+        groups = self.facts("finetune").get("parameter_groups") or []
+        if groups:
+            return sum(int(row[2]) for row in groups)
+        planned = None if self.adapter else self.metrics("freeze").get("trainable_parameters")
+        return None if planned is None else int(planned)
+
     def metrics(self, stage: str) -> dict[str, Any]:
         """What a stage measured."""
         return dict(self.stages.get(stage, {}).get("metrics") or {})

@@ -9,18 +9,13 @@ from typing import Any
 from llmkit.report import figures
 from llmkit.report.blocks import Block, Charts, Matrix, Prose, Section, Table
 from llmkit.report.chart import Chart
+from llmkit.report.names import legend, name_of
 from llmkit.report.record import Record
-from llmkit.report.verdict import BETTER, OPEN, WORSE, changes, headline_metric, verdict
+from llmkit.report.verdict import changes, headline_metric, verdict
 from llmkit.report.words import DASH, interval, listed, number, p_value, plural, signed, title_of
 
-VERDICTS = {BETTER: "better", WORSE: "worse", OPEN: "not clear"}
 _MOST_LABELS = 30  # of a confusion matrix
 _MOST_SLICES = 24  # of a chart
-
-
-def name_of(who: str) -> str:
-    """How a page calls a model of the results."""
-    return {"model": "after", "parent": "before", "other": "the other"}.get(who, who)
 
 
 def score_section(record: Record) -> Section:
@@ -30,10 +25,11 @@ def score_section(record: Record) -> Section:
         return Section("scores", "Did it get better?", ())
     found = verdict(record)
     blocks: list[Block] = [Prose(found.more)] if found and found.more else []
-    blocks += [_scores(results, who) for who in record.others] or [_scores_alone(results)]
+    blocks += [Prose(told)] if (told := legend(record)) else []
+    blocks += [_scores(results, who, record.others) for who in record.others] or [_scores_alone(results)]
     blocks += _reasons(results)
     blocks += _data_sets(record, results)
-    blocks += _benchmarks(results)
+    blocks += _benchmarks(results, record.others)
     return Section("scores", "Did it get better?" if record.others else "Scores", blocks)
 
 
@@ -46,13 +42,12 @@ def _reasons(results: Mapping[str, Any]) -> list[Block]:
     return [Prose(f"{listed(list(metrics))}: {why}.") for why, metrics in told.items()]
 
 
-def _scores(results: Mapping[str, Any], who: str) -> Table:
+def _scores(results: Mapping[str, Any], who: str, others: Sequence[str]) -> Table:
     """Both models' scores, and the difference."""
     intervals = results.get("intervals") or {}
     rows, marks = [], {}
     for place, change in enumerate(changes(results, who)):
         bounds = [interval((intervals.get(one) or {}).get(change.metric)) for one in (who, "model")]
-        word = "the same" if change.is_same else VERDICTS.get(change.verdict, DASH)
         rows.append(
             [
                 title_of(change.metric),
@@ -61,13 +56,13 @@ def _scores(results: Mapping[str, Any], who: str) -> Table:
                 signed(change.difference),
                 interval([change.low, change.high]) or DASH,
                 p_value(change.p) or DASH,
-                word,
+                change.judgement or DASH,
             ]
         )
-        if change.verdict in VERDICTS and not change.is_same:
-            marks[place, 6] = change.verdict
+        if change.mark:
+            marks[place, 6] = change.mark
     examples = plural(int(results.get("examples") or 0), "held-out example")
-    columns = ("metric", name_of(who), "after", "difference", "95 % interval", "p", "verdict")
+    columns = ("metric", name_of(who, others), name_of("model", others), "difference", "95 % interval", "p", "verdict")
     return Table(f"Scores over {examples}", columns, rows, frozenset({6}), marks)
 
 
@@ -103,17 +98,18 @@ def _data_sets(record: Record, results: Mapping[str, Any]) -> list[Block]:
                 for one in who
             ]
             rows.append([name, f"{int(found.get('examples') or 0):,}", *cells])
-        columns = ("data", "examples", *(f"{title_of(metric)}, {name_of(one)}" for one in who))
+        columns = ("data", "examples", *(f"{title_of(metric)}, {name_of(one, who)}" for one in who))
         blocks.append(Table("Scores by data set", columns, rows))
     gaps = results.get("gaps") or []
     gaps = [gap for gap in gaps if gap.get("metric") == metric] or gaps
     if gaps:
+        who = [str(gap.get("who", "model")) for gap in gaps]
         rows = [
             [
                 f"{gap.get('kind') or 'gap'}, {title_of(str(gap.get('metric', '')))}",
                 str(gap.get("from", "")).replace("_", " "),
                 str(gap.get("to", "")).replace("_", " "),
-                name_of(str(gap.get("who", "model"))),
+                name_of(str(gap.get("who", "model")), who),
                 signed(gap.get("gap")),
                 interval([gap.get("low"), gap.get("high")]) or DASH,
             ]
@@ -124,7 +120,7 @@ def _data_sets(record: Record, results: Mapping[str, Any]) -> list[Block]:
     return blocks
 
 
-def _benchmarks(results: Mapping[str, Any]) -> list[Block]:
+def _benchmarks(results: Mapping[str, Any], others: Sequence[str]) -> list[Block]:
     """Public benchmarks, as lm-eval scores them."""
     found = results.get("benchmarks") or {}
     who = sorted(found, key=lambda one: one == "model")
@@ -141,22 +137,22 @@ def _benchmarks(results: Mapping[str, Any]) -> list[Block]:
         [f"{task}, {title_of(metric)}", *(number((found[one].get(task) or {}).get(metric)) for one in who)]
         for task, metric in pairs
     ]
-    return [Table("Public benchmarks", ("task", *map(name_of, who)), rows)]
+    return [Table("Public benchmarks", ("task", *(name_of(one, others) for one in who)), rows)]
 
 
 def slice_section(record: Record) -> Section:
     """The headline metric by label, source, length or whatever the recipe names."""
     results, metric = record.results, headline_metric(record)
-    found = [entry for entry in (results or {}).get("slices") or [] if metric in (entry.get("model") or {})]
+    found = (results or {}).get("slices") or []
     who = [*record.others, "model"]
     blocks: list[Block] = []
     charts: list[Chart] = []
     for by in dict.fromkeys(str(entry["by"]) for entry in found):
         rows = [entry for entry in found if str(entry["by"]) == by]
-        if metric is None:
+        if metric is None or not any(metric in (entry.get("model") or {}) for entry in rows):
             continue
         if len(rows) <= _MOST_SLICES:
-            drawn = [(f"{entry['value']}", _ranges(entry, metric, who)) for entry in rows]
+            drawn = [(f"{entry['value']}", ranges) for entry in rows if (ranges := _ranges(entry, metric, who))]
             title = f"{title_of(metric)[0].upper()}{title_of(metric)[1:]} by {by}"
             charts.append(figures.ranges(f"slices-{len(charts)}", title, metric, drawn, who))
         blocks.append(_slice_table(by, metric, rows, who))
@@ -173,13 +169,25 @@ def _ranges(entry: Mapping[str, Any], metric: str, who: Sequence[str]) -> dict[s
 
 
 def _slice_table(by: str, metric: str, entries: Sequence[Mapping[str, Any]], who: Sequence[str]) -> Table:
-    rows = []
-    for entry in entries:
+    """Scores by slice, with a column of reasons where one has none."""
+    rows, lacks = [], [_lack(entry, metric, who) for entry in entries]
+    for entry, lack in zip(entries, lacks, strict=True):
         ranges = _ranges(entry, metric, who)
         cells = [_with(number(ranges[one][0]), interval(ranges[one][1])) if one in ranges else DASH for one in who]
-        rows.append([str(entry["value"]), f"{int(entry.get('examples') or 0):,}", *cells])
-    columns = (by, "examples", *(f"{title_of(metric)}, {name_of(one)}" for one in who))
-    return Table(f"{title_of(metric)} by {by}", columns, rows)
+        rows.append(
+            [str(entry["value"]), f"{int(entry.get('examples') or 0):,}", *cells, *([lack] if any(lacks) else [])]
+        )
+    columns = (by, "examples", *(f"{title_of(metric)}, {name_of(one, who)}" for one in who))
+    if not any(lacks):
+        return Table(f"{title_of(metric)} by {by}", columns, rows)
+    return Table(f"{title_of(metric)} by {by}", (*columns, "why there is none"), rows, frozenset({len(columns)}))
+
+
+def _lack(entry: Mapping[str, Any], metric: str, who: Sequence[str]) -> str:
+    """Why a slice has no score of some model; nothing where it has all."""
+    without = [one for one in who if not isinstance((entry.get(one) or {}).get(metric), int | float)]
+    reasons = [((entry.get("reasons") or {}).get(one) or {}).get(metric) for one in without]
+    return listed(list(dict.fromkeys(str(why or "no example that can be scored") for why in reasons)))
 
 
 def error_section(record: Record) -> Section:

@@ -6,7 +6,9 @@ from typing import Any
 
 from llmkit.data.personal.masking import without_secrets
 from llmkit.report.blocks import Figure
+from llmkit.report.names import name_of, own_uri, spoken
 from llmkit.report.record import TRAINING_STAGES, Record
+from llmkit.report.states import states
 from llmkit.report.verdict import changes, headline_metric
 from llmkit.report.words import bytes_, duration, interval, listed, number, plural, short_count, signed, title_of
 
@@ -16,7 +18,7 @@ _TASKS = {
     "text": "on plain text",
     "regress": "to predict numbers",
 }
-_STATES = {"done": "done", "running": "is running", "stopped": "was stopped", "diverged": "diverged"}
+_STATES = {"running": "is running", "stopped": "was stopped"}
 
 
 def what_was_done(record: Record) -> str:
@@ -31,9 +33,9 @@ def what_was_done(record: Record) -> str:
     }
     parts = [text for name in record.stages if record.is_done(name) and (text := told[name](record))]
     open_ = [
-        f"{name} {_STATES.get(str(entry.get('state')), 'failed')}{_reached(record, name)}"
-        for name, entry in record.stages.items()
-        if entry.get("state") != "done"
+        f"{name} {_STATES.get(state, state or 'failed')}{_reached(record, name)}"
+        for name, state in states(record)
+        if state != "done"
     ]
     text = f"This run {listed(parts)}" if parts else "This run has finished nothing yet"
     return f"{text}; {listed(open_)}." if open_ else f"{text}."
@@ -91,24 +93,25 @@ def _tuned(record: Record) -> str:
     model = record.recipe.get("model")
     what = "it" if record.is_done("pretrain") or not model else without_secrets(str(model))
     data = _sources((record.recipe.get("data") or {}).get("train"))
-    return f"fine-tuned {what} {_TASKS.get(record.task, '')} ({data}, {_amount(record, 'finetune')})".replace("  ", " ")
+    how = f"with adapters ({record.adapter.get('name')})" if record.adapter else ""
+    words = ["fine-tuned", what, how, _TASKS.get(record.task, ""), f"({data}, {_amount(record, 'finetune')})"]
+    return " ".join(filter(None, words))
 
 
 def _scored(record: Record) -> str:
     examples = plural(int((record.results or {}).get("examples") or 0), "held-out example")
-    against = {"parent": "its parent", "other": "another model"}
-    others = [against.get(who, who) for who in record.others]
-    return f"scored it on {examples}" + (f" against {listed(others)}" if others else "")
+    others = [spoken(record, who) for who in record.others]
+    return f"scored {_model(record)} on {examples}" + (f" against {listed(others)}" if others else "")
+
+
+def _model(record: Record) -> str:
+    """The model by its URI, unless what the run did before has named it."""
+    return own_uri(record) or "a model" if record.only_scores else "it"
 
 
 def _exported(record: Record) -> str:
     formats = sorted(record.facts("export")) or ["transformers"]
     return f"exported it ({listed(formats)})"
-
-
-def states(record: Record) -> list[tuple[str, str]]:
-    """Each stage and its state."""
-    return [(name, str(entry.get("state", "")).replace("_", " ")) for name, entry in record.stages.items()]
 
 
 def key_figures(record: Record) -> list[Figure]:
@@ -120,7 +123,8 @@ def key_figures(record: Record) -> list[Figure]:
         bounds = interval(((results.get("intervals") or {}).get("model") or {}).get(metric))
         note = f"95 % interval {bounds}" if bounds else ""
         if change is not None:
-            note = f"{number(change.before)} before, {signed(change.difference)}"
+            name = "before" if change.who == "parent" else f"for {name_of(change.who, record.others)}"
+            note = f"{number(change.before)} {name}, {signed(change.difference)}"
         found.append(Figure(title_of(metric), number(results["model"][metric]), note))
     for stage in TRAINING_STAGES[::-1]:
         metrics = record.metrics(stage)
@@ -135,12 +139,21 @@ def key_figures(record: Record) -> list[Figure]:
             name = "held-out loss" if record.log.curve(stage, "eval_loss") else "training loss"
             found.append(Figure(name, number(curve.last[1]), f"at step {curve.last[0]:,}"))
             break
-    if moves := record.metrics("freeze").get("trainable_parameters"):
-        still = record.metrics("freeze").get("frozen_parameters") or 0
-        found.append(Figure("parameters that learn", short_count(moves), f"of {short_count(still + moves)}"))
-    if statistics := record.statistics:
-        train = (statistics.get("corpora") or {}).get("train") or {}
-        if train:
-            tokens = f"{short_count(train['tokens'])} tokens"
-            found.append(Figure("training examples", number(int(train["examples"])), tokens))
+    found += _learning(record)
+    train = ((record.statistics or {}).get("corpora") or {}).get("train") or {}
+    if train.get("examples") and not record.only_scores:
+        tokens = f"{short_count(train['tokens'])} tokens"
+        found.append(Figure("training examples", number(int(train["examples"])), tokens))
     return found
+
+
+def _learning(record: Record) -> list[Figure]:
+    """How many parameters learn, of how many or beside how many."""
+    learns, plan = record.learning_parameters, record.metrics("freeze")
+    total = sum(plan.get(f"{kind}_parameters") or 0 for kind in ("frozen", "trainable"))
+    if learns is None:
+        return []
+    if record.adapter:
+        note = f"with adapters, beside {short_count(total)}" if total else "with adapters"
+        return [Figure("parameters that learn", number(learns), note)]
+    return [Figure("parameters that learn", short_count(learns), f"of {short_count(total)}" if total else "")]

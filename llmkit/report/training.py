@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from llmkit.report import figures
 from llmkit.report.blocks import Block, Charts, Prose, Section, Table
 from llmkit.report.chart import Chart
-from llmkit.report.model_parts import model_parts, parameter_sizes, runs_of
+from llmkit.report.model_parts import (
+    Adapters,
+    model_parts,
+    parameter_sizes,
+    planned_adapters,
+    read_adapters,
+    runs_of,
+)
 from llmkit.report.record import TRAINING_STAGES, Record, reading
+from llmkit.report.states import state_of
 from llmkit.report.words import DASH, duration, number, plural, short_count
 
 _EVENTS = 50  # that are shown
@@ -77,24 +86,59 @@ def model_section(record: Record) -> Section:
     if plan is not None:
         with reading(record.path / "freeze" / "freeze.json"):
             sizes = parameter_sizes([record.path / stage / "model" for stage in TRAINING_STAGES[::-1]])
-            parts = model_parts(plan, sizes)
-            still, moves = int(plan["frozen_count"]), int(plan["trainable_count"])
-            total = max(still + moves, 1)
-            text = (
-                f"{short_count(still)} of {short_count(total)} parameters ({still / total:.1%}) stand still when training "
-                f"begins, {short_count(moves)} ({moves / total:.1%}) learn."
-            )
-            adapter = (record.recipe.get("finetune") or {}).get("adapter")
-            if isinstance(adapter, dict):
-                text += f" What learns does so through adapters ({adapter.get('name')}, rank {adapter.get('rank')})."
+            adapters = _adapters(record, plan)
+            parts = model_parts(plan, sizes, adapters)
+            text = _shares(plan) if adapters is None else _shares_beside(record, plan, adapters)
             blocks.append(Prose(" ".join([text, *(f"{note}." for note in plan.get("notes", []))])))
             if parts:
                 blocks.append(Charts([figures.model_picture("model", parts)], wide=True))
             rows = [[what, state, f"{tensors:,}", number(count)] for what, state, tensors, count in runs_of(parts)]
             blocks.append(Table("Parts of the model", ("part", "state", "tensors", "parameters"), rows, frozenset({1})))
+    elif record.adapter:
+        left = _adapters_left(record)
+        blocks.append(Prose(_adapters_told(record, None if left is None else left.parameters)))
     blocks += _sweep(record)
     blocks += _groups(record)
     return Section("model", "What learnt" if plan is None else "What stood still and what learnt", blocks)
+
+
+def _adapters(record: Record, plan: Mapping[str, Any]) -> Adapters | None:
+    """The adapters that fine-tuning left, or is to make; None where it trains the weights."""
+    if record.adapter is None:
+        return None
+    return _adapters_left(record) or planned_adapters(plan)
+
+
+def _adapters_left(record: Record) -> Adapters | None:
+    return read_adapters(record.path / "finetune" / "adapter") if record.is_done("finetune") else None
+
+
+def _shares(plan: Mapping[str, Any]) -> str:
+    still, moves = int(plan["frozen_count"]), int(plan["trainable_count"])
+    total = max(still + moves, 1)
+    return (
+        f"{short_count(still)} of {short_count(total)} parameters ({still / total:.1%}) stand still when training "
+        f"begins, {short_count(moves)} ({moves / total:.1%}) learn."
+    )
+
+
+def _shares_beside(record: Record, plan: Mapping[str, Any], adapters: Adapters) -> str:
+    """What stands still where adapters learn, and how much learns."""
+    told = _adapters_told(record, adapters.parameters)
+    if adapters.own_parameters is None:
+        return told
+    total = max(int(plan["frozen_count"]) + int(plan["trainable_count"]), 1)
+    own = adapters.own_parameters
+    if not own:
+        return f"All {short_count(total)} parameters of the model stand still. {told}"
+    still = f"{short_count(total - own)} of {short_count(total)} parameters of the model ({1 - own / total:.1%})"
+    return f"{still} stand still, {number(own)} learn. {told}"
+
+
+def _adapters_told(record: Record, parameters: int | None) -> str:
+    keys = record.adapter or {}
+    text = f"Adapters ({keys.get('name')}, rank {keys.get('rank')}) learn beside what stands still"
+    return f"{text}: {plural(parameters, 'parameter')}." if parameters is not None else f"{text}."
 
 
 def _sweep(record: Record) -> list[Block]:
@@ -146,7 +190,7 @@ def cost_rows(record: Record) -> list[list[str]]:
         rows.append(
             [
                 name,
-                str(entry.get("state", "")),
+                state_of(record, name),
                 duration(entry.get("seconds")),
                 number(found.get("steps")),
                 number(tokens),

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from llmkit import catalog
+from llmkit.report.names import spoken
 from llmkit.report.record import Record
 from llmkit.report.words import interval, listed, number, p_value, plural, signed, title_of
 
 BETTER, WORSE, OPEN, NONE = "better", "worse", "open", "none"
+_WORDS = {BETTER: "better", WORSE: "worse", OPEN: "not clear"}
 _FIRST = {  # which metric speaks for a task
     "classify": ("accuracy", "f1", "loss"),
     "regress": ("rmse", "mae", "loss"),
@@ -41,6 +43,16 @@ class Change:
     def is_same(self) -> bool:
         """True when the two are alike in all that was resampled."""
         return self.low == self.high == 0 == self.difference
+
+    @property
+    def judgement(self) -> str:
+        """What is to be said of it in a word, or nothing."""
+        return "the same" if self.is_same else _WORDS.get(self.verdict, "")
+
+    @property
+    def mark(self) -> str:
+        """The verdict where it is one way or the other, or open."""
+        return self.verdict if self.verdict in _WORDS and not self.is_same else ""
 
     @property
     def words(self) -> str:
@@ -110,7 +122,20 @@ def headline_metric(record: Record) -> str | None:
 
 
 def verdict(record: Record) -> Verdict | None:
-    """None when nothing was scored."""
+    """None when nothing was scored; says of a head that nothing was learnt in that its scores are those of chance."""
+    found, untrained = _verdict(record), (record.results or {}).get("untrained") or {}
+    if found is None or not untrained:
+        return found
+    names = [
+        {"model": "the model", "parent": "the parent", "other": "the other model"}.get(who, who) for who in untrained
+    ]
+    text = (
+        f"Nothing was ever learnt in the head of {listed(names)}: {'its' if len(names) == 1 else 'their'} scores are "
+    )
+    return replace(found, more=" ".join(filter(None, [f"{text}those of chance.", found.more])))
+
+
+def _verdict(record: Record) -> Verdict | None:
     results, metric = record.results, headline_metric(record)
     if results is None or metric is None:
         return None
@@ -121,13 +146,36 @@ def verdict(record: Record) -> Verdict | None:
         with_bounds = f" (95 % interval {bounds})" if bounds else ""
         sentence = f"The {name} over {examples} is {number(score)}{with_bounds}; it was held against no other model."
         return Verdict(NONE, "Scored", sentence)
-    who = record.others[0]
-    against = {"parent": "its parent", "other": "the other model"}.get(who, who)
-    found = changes(results, who)
-    head = next((change for change in found if change.metric == metric), None)
-    if head is None:
-        return Verdict(NONE, "Scored", f"The {name} over {examples} is {number(score)}; {against} has none.")
-    return worded(head, found, name, against, examples)
+    each = []
+    for who in record.others:
+        against, found = spoken(record, who), changes(results, who)
+        head = next((change for change in found if change.metric == metric), None)
+        if head is None:
+            none = f"The {name} over {examples} is {number(score)}; {against} has none."
+            each.append((against, Verdict(NONE, "Scored", none)))
+        else:
+            each.append((against, worded(head, found, name, against, examples)))
+    return together(each)
+
+
+def together(each: Sequence[tuple[str, Verdict]]) -> Verdict:
+    """The verdicts against several models as one, which says of all only what is so against each."""
+    first = each[0][1]
+    if len(each) == 1:
+        return first
+    kinds = [one.kind for _, one in each]
+    sentence = " ".join(one.sentence for _, one in each)
+    more = " ".join(f"Against {against}: {one.more[0].lower()}{one.more[1:]}" for against, one in each if one.more)
+    if len({(one.kind, one.word) for _, one in each}) == 1:
+        return Verdict(first.kind, first.word, sentence, more, first.change)
+    parts = [
+        f"{said} {kinds.count(kind)}"
+        for kind, said in ((BETTER, "better than"), (WORSE, "worse than"), (OPEN, "no clear difference from"))
+        if kind in kinds
+    ]
+    word = f"{listed(parts)} of {len(each)} models" if parts else "Scored"
+    kind = WORSE if WORSE in kinds and BETTER not in kinds else OPEN if parts else NONE
+    return Verdict(kind, word[0].upper() + word[1:], sentence, more, first.change)
 
 
 def worded(head: Change, found: list[Change], name: str, against: str, examples: str) -> Verdict:
@@ -161,12 +209,18 @@ def worded(head: Change, found: list[Change], name: str, against: str, examples:
 
 
 def _others_worded(found: list[Change]) -> str:
-    """How the other metrics went; nothing where there are no intervals."""
+    """How the other metrics went; nothing where no interval tells."""
     counts = {
         "got better": sum(change.verdict == BETTER for change in found),
         "got worse": sum(change.verdict == WORSE for change in found),
         "may have changed by chance alone": sum(change.verdict == OPEN and not change.is_same for change in found),
         "stayed the same": sum(change.is_same for change in found),
     }
+    without = sum(change.low is None for change in found)
+    unrated = len(found) - without - sum(counts.values())
+    if without == len(found):
+        return ""
     parts = [f"{count} {said}" for said, count in counts.items() if count]
+    parts += [f"{unrated} changed, and whether for the better is not known"] if unrated else []
+    parts += [f"{without} {'has' if without == 1 else 'have'} no interval"] if without else []
     return f"Of the {plural(len(found), 'other metric')} {listed(parts)}." if parts else ""

@@ -258,10 +258,14 @@ class Run:
         self.stage(stage).update(facts)
         self.save()
 
-    def note_state(self, stage: str, state: str) -> None:
-        """Notes that a stage was stopped or failed, if the disk takes it: why it did is told in any case."""
-        if self.stage(stage):
-            self.stage(stage)["state"] = state
+    def note_state(self, stage: str, state: str, why: str | None = None) -> None:
+        """Notes that a stage was stopped or failed, if the disk takes it: why it did is told in any case.
+
+        `why` is kept as the stage's `error` until the stage starts again.
+        """
+        if entry := self.stage(stage):
+            entry.pop("error", None)
+            entry |= {"state": state} | ({} if why is None else {"error": why})
             with suppress(OSError):
                 self.save()
 

@@ -18,6 +18,7 @@ from types import FrameType
 from typing import Any
 
 from llmkit import catalog
+from llmkit.data.personal.masking import without_secrets
 from llmkit.errors import (
     ArtifactError,
     DataError,
@@ -223,7 +224,7 @@ def _noting_failure(run: Run, stage: Stage) -> Iterator[None]:
     except LlmkitError as error:
         mistaken = isinstance(error, RecipeError | DataError | UsageError) and not stage.trains
         if not (mistaken and run.take_back(name)):
-            run.note_state(name, error.kind)
+            run.note_state(name, error.kind, why=without_secrets(": ".join(filter(None, (error.what, error.got)))))
         raise
     except Exception as error:
         lack = lost_process(error) or _lack_of_resources(error, name)

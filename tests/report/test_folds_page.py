@@ -115,3 +115,16 @@ def test_a_learning_curve_of_an_earlier_model_says_so(tmp_path: Path) -> None:
     run = make_run(tmp_path)
     (run / "learning_curve.json").write_text(json.dumps(curve(accuracy=0.91)))
     assert "The run has learnt anew since this curve was made" in page_at(run).by_id("learning-curve").text
+
+
+def test_metrics_that_stay_the_same_are_called_so_in_the_table_too(tmp_path: Path) -> None:
+    folder = make_folds(tmp_path)
+    found = json.loads((folder / "crossval.json").read_text())
+    for who in ("model", "parent"):
+        found["scores"][who]["recall"] = found["scores"]["model"]["accuracy"]
+    found["differences"]["parent"]["recall"] = {"mean": 0.0, "interval": [0.0, 0.0]}
+    (folder / "crossval.json").write_text(json.dumps(found))
+    scores = page_at(folder).by_id("scores").text
+    assert "1 stayed the same" in scores
+    assert "recall 0.8900 0.8900 0.0000 0.0000 to 0.0000 the same" in scores
+    assert "not clear" not in scores

@@ -345,3 +345,16 @@ def test_texts_that_no_encoding_holds_can_be_written(tmp_path: Path) -> None:
     results["slices"] = [changed(entry, value="\x07\ud800 $x^2$") for entry in results["slices"]]
     run = make_run(tmp_path, predictions=lines, results=results)
     assert "half a sign" in write_report(run).read_text(encoding="utf-8")
+
+
+def test_a_slice_without_a_score_has_a_reason(tmp_path: Path) -> None:
+    results = changed(RESULTS)
+    results["slices"][0] |= {"model": {"loss": 1.0}, "reasons": {"model": {"accuracy": "no answer was written"}}}
+    results["slices"][1] |= {"parent": {}}
+    slices = page_of(make_run(tmp_path, results=results)).by_id("slices")
+    rows = [[cell.text for cell in row.children] for row in slices.all("tbody")[0].all("tr")]
+    assert rows[0] == ["cat", "33", "0.4000", "–", "no answer was written"]
+    assert rows[1][-1] == "no example that can be scored"
+    assert rows[2][-1] == ""
+    whole = page_of(make_run(tmp_path)).by_id("slices")
+    assert "why" not in whole.text

@@ -6,13 +6,17 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
-from run_directories import freeze_plan, make_run, prediction, tensors
+from pages import read_page
+from run_directories import RECIPE, freeze_plan, make_run, prediction, tensors
+from safetensors.numpy import save_file
 
 from llmkit.data.personal.masking import without_secrets
 from llmkit.report.chart import draw
 from llmkit.report.examples import clipped, example_section, without_common_parts
 from llmkit.report.model_parts import LEARNS, MIXED, STILL, THAWS, model_parts, parameter_sizes, runs_of
+from llmkit.report.page import report_html
 from llmkit.report.record import read_record
 from llmkit.report.words import bytes_, duration, interval, measure, number, short_count, signed
 
@@ -200,3 +204,51 @@ def test_json_of_a_plan_is_what_freeze_writes() -> None:
     from llmkit.model.freezing import FreezePlan
 
     assert FreezePlan.from_json(json.loads(json.dumps(freeze_plan()))).frozen_count == 128
+
+
+ADAPTER = {"finetune": {"steps": 40, "adapter": {"name": "lora", "rank": 2}}}
+
+
+def adapted_run(run: Path) -> Path:
+    """A run whose adapters stand beside block 3, and whose classifier learns too."""
+    make_run(run, recipe=RECIPE | ADAPTER, freeze=freeze_plan() | {"thaws": []})
+    (run / "finetune" / "adapter").mkdir()
+    path = "base_model.model.bert.encoder.layer.3.output.dense.lora"
+    arrays = {f"{path}_A.weight": np.zeros((2, 4)), f"{path}_B.weight": np.zeros((4, 2))}
+    arrays["base_model.model.classifier.weight"] = np.zeros((3, 4))
+    save_file(arrays, run / "finetune" / "adapter" / "adapter_model.safetensors")
+    record = json.loads((run / "run.json").read_text())
+    groups = [["decay", 2, 16, 2e-4, 0.01], ["head, decay", 1, 12, 2e-4, 0.01]]
+    record["stages"]["finetune"]["facts"]["parameter_groups"] = groups
+    (run / "run.json").write_text(json.dumps(record))
+    return run
+
+
+def test_of_adapters_what_the_training_trained_is_what_learns(tmp_path: Path) -> None:
+    page = read_page(report_html(read_record(adapted_run(tmp_path))))
+    assert "parameters that learn 28 with adapters, beside 156" in page.text
+    assert "fine-tuned ./parent with adapters (lora) to classify texts" in page.text
+    model = page.by_id("model").text
+    assert "144 of 156 parameters of the model (92.3%) stand still, 12 learn." in model
+    assert "Adapters (lora, rank 2) learn beside what stands still: 16 parameters." in model
+    assert "blocks 0–2 (bert.encoder.layer) stands still 3 48" in model
+    assert "block 3 (bert.encoder.layer) stands still, adapters learn beside it 1 16" in model
+    assert "classifier learns 1 12" in model
+
+
+def test_adapters_that_are_not_trained_yet_are_told_by_the_plan(tmp_path: Path) -> None:
+    run = adapted_run(tmp_path)
+    record = json.loads((run / "run.json").read_text())
+    record["stages"]["finetune"] = {"state": "running"}
+    (run / "run.json").write_text(json.dumps(record))
+    page = read_page(report_html(read_record(run)))
+    assert "parameters that learn" not in page.text
+    assert "Adapters (lora, rank 2) learn beside what stands still." in page.by_id("model").text
+    assert "block 3 (bert.encoder.layer) stands still, adapters learn beside it" in page.by_id("model").text
+
+
+def test_adapters_without_a_freeze_plan(tmp_path: Path) -> None:
+    run = adapted_run(tmp_path)
+    (run / "freeze" / "freeze.json").unlink()
+    model = read_page(report_html(read_record(run))).by_id("model").text
+    assert "Adapters (lora, rank 2) learn beside what stands still: 16 parameters." in model

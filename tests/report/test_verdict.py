@@ -116,3 +116,32 @@ def test_too_few_examples_for_an_interval_have_a_p_value(tmp_path: Path) -> None
     found = judged(tmp_path, 0.5, 0.8, (None, None), p=0.76)
     assert (found.kind, found.word) == ("none", "The accuracy rose")
     assert "+0.3000 (p = 0.760). There is no interval, so that its size is not known well." in found.sentence
+
+
+def test_metrics_without_an_interval_are_counted_too(tmp_path: Path) -> None:
+    def several(**bounds: Any) -> str:
+        results = {
+            "model": {"accuracy": 0.9, "loss": 1.0, "f1": 0.5, "recall": 0.5, "precision": 0.5, "mine.py:score": 2.0},
+            "parent": {"accuracy": 0.4, "loss": 2.0, "f1": 0.4, "recall": 0.4, "precision": 0.5, "mine.py:score": 1.0},
+            "models": ["model", "parent"],
+            "examples": 100,
+            "differences": {"parent": {metric: {"low": low, "high": high} for metric, (low, high) in bounds.items()}},
+        }
+        found = verdict(read_record(make_run(tmp_path, results=results)))
+        assert found is not None
+        return found.more
+
+    known = {"accuracy": (0.3, 0.6), "loss": (-1.2, -0.8), "mine.py:score": (0.8, 1.2), "precision": (0.0, 0.0)}
+    assert several(**known) == (
+        "Of the 5 other metrics 1 got better, 1 stayed the same, 1 changed, and whether for the better is not known and "
+        "2 have no interval."
+    )
+    assert "1 got better and 4 have no interval." in several(**dict(list(known.items())[:2]))
+    assert several(accuracy=(0.3, 0.6)) == ""
+
+
+def test_a_head_that_learnt_nothing_is_named(tmp_path: Path) -> None:
+    results = RESULTS | {"untrained": {"parent": ["classifier.weight"]}}
+    found = verdict(read_record(make_run(tmp_path, results=results)))
+    assert found is not None
+    assert found.more.startswith("Nothing was ever learnt in the head of the parent: its scores are those of chance.")

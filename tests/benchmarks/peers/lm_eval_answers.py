@@ -1,6 +1,6 @@
 """lm-eval's Hugging Face backend on the answers of conversations: their log-likelihood, given what stands before them.
 
-python -m tests.benchmarks.peers.lm_eval_answers MODEL ROWS.jsonl BATCH SCORES.json
+python -m tests.benchmarks.peers.lm_eval_answers MODEL ROWS.jsonl BATCH DTYPE SCORES.json
 
 The backend is given token ids, as its own tasks give them to it after it has tokenised their text. Prints one JSON line with
 the seconds of loading and of scoring; the sums, in nats, go to a file.
@@ -19,9 +19,15 @@ from tests.benchmarks.encode import IGNORED, encode_chat
 def main() -> None:
     from lm_eval.models.huggingface import HFLM
 
-    folder, rows, batch, target = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4])
+    folder, rows, batch, dtype, target = (
+        sys.argv[1],
+        Path(sys.argv[2]),
+        int(sys.argv[3]),
+        sys.argv[4],
+        Path(sys.argv[5]),
+    )
     started = time.perf_counter()
-    model = HFLM(pretrained=folder, dtype="float32", device="cpu", batch_size=batch)
+    model = HFLM(pretrained=folder, dtype=dtype, device="cpu", batch_size=batch)
     loaded = time.perf_counter()
     requests = []
     for line in rows.read_text(encoding="utf-8").splitlines():
