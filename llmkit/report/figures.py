@@ -36,6 +36,9 @@ def curves(key: str, title: str, named: Mapping[str, Curve], unit: str, *, log: 
             if points.is_thinned:
                 axes.fill_between(points.steps, points.low / scale, points.high / scale, color=hue, alpha=0.22, lw=0)
         axes.set_xlabel("step")
+        begin, end = min(curve.first[0] for curve in named.values()), max(curve.last[0] for curve in named.values())
+        if begin == end:
+            axes.set_xlim(begin - 1, end + 1)
         axes.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True))
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         if unit == "tokens / s":
