@@ -301,7 +301,8 @@ def _refuse_foreign(path: Path, name: str) -> None:
     if not path.exists() or not any(path.iterdir()):
         return
     if not (path / "run.json").exists():
-        if {item.name for item in path.iterdir()} <= {".lock", "recipe.yaml", "error.log", "launch"}:
+        begun = (item for item in path.iterdir() if not any(item.match(name) for name in _LEFT))
+        if {item.name for item in begun} <= {".lock", "recipe.yaml", "error.log", "launch"}:
             return
         raise UsageError(
             "the folder is not a run directory",

@@ -151,6 +151,16 @@ def test_another_recipes_run_is_refused(tmp_path: Path) -> None:
     assert "`two`" in str(caught.value.got)
 
 
+def test_a_run_that_was_killed_while_it_was_made_is_made_again(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    for name in (".lock", ".recipe.yaml.4711.tmp", ".run.json.4711.tmp"):
+        (folder / name).touch()
+    run = Run.open(folder, "first", "name: first\n")
+    run.close()
+    assert {path.name for path in folder.iterdir()} == {".lock", "recipe.yaml", "run.json"}
+
+
 def test_a_folder_with_other_things_is_refused_and_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("x")
     with pytest.raises(UsageError, match="not a run directory"):
