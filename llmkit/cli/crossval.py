@@ -198,6 +198,7 @@ def show_folds(console: Console, found: dict[str, Any]) -> None:
     examples = ", ".join(f"{run['examples']:,}" for run in found["runs"])
     console.print()
     console.print(make_table(f"{found['name']}: {found['folds']} folds of {examples} examples", columns, rows))
+    _show_left_out(console, found, scores)
     for who, differences in found.get("differences", {}).items():
         rows = [[metric, *_summary(each, sign=True)] for metric, each in differences.items()]
         console.print()
@@ -214,8 +215,13 @@ def show_curve(console: Console, found: dict[str, Any]) -> None:
     title = f"{found['name']}: scores over {found['examples']:,} held-out examples, by share of the training rows"
     console.print()
     console.print(make_table(title, ("", *(point["share"] for point in points)), rows))
+    _show_left_out(console, found, found["points"][-1]["scores"])
+
+
+def _show_left_out(console: Console, found: dict[str, Any], scores: dict[str, Any]) -> None:
+    """Which metrics are not among the scores, and why."""
     if left_out := found.get("left_out"):
-        instead = "; bits_per_byte can be" if "bits_per_byte" in found["points"][-1]["scores"] else ""
+        instead = "; bits_per_byte can be" if "bits_per_byte" in scores else ""
         console.print(f"{', '.join(left_out['metrics'])} cannot be compared: {left_out['why']}{instead}.")
 
 

@@ -101,8 +101,8 @@ def _show_reasons(console: Console, results: dict[str, Any]) -> None:
 def _show_slices(console: Console, results: dict[str, Any], others: list[str]) -> None:
     """One metric of each part, the one that people look at first."""
     slices = results["slices"]
-    metric = _main_metric(results["model"])
-    if not slices or metric is None:
+    metric = _main_metric({name: value for part in slices for name, value in part["model"].items()})
+    if metric is None:
         return
     rows = []
     for part in slices:

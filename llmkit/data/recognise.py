@@ -213,11 +213,15 @@ def _undecided(
         what = f"no row format fits the columns of the data (the task takes {kind} rows)"
     required = SHAPES[wanted[0]].required
     mapping = ", ".join(f"{column}: YOUR_COLUMN" for column in required)
+    others = [
+        each for each in SHAPES if not matches and any(match.exact for match in _matches(each, sample, {}, named=False))
+    ]
+    other = f"another task takes these rows, of the format `{others[0]}`; or " if others else ""
     return DataError(
         what,
         got=f"columns {_ticked(found)}" if found else "no rows",
         expected=_formats_with_columns(wanted),
-        hint=f"say which: `data.format: {matches[0].name if matches else wanted[0]}`, `data.columns: {{{mapping}}}`",
+        hint=f"{other}say which: `data.format: {matches[0].name if matches else wanted[0]}`, `data.columns: {{{mapping}}}`",
         where=f"{where}, {sample[0].where}" if sample else where,
     )
 

@@ -11,6 +11,7 @@ from llmkit.data.personal.masking import without_secrets
 from llmkit.files import read_json
 from llmkit.report import figures
 from llmkit.report.blocks import Block, Charts, Code, Figure, Prose, Section, Table
+from llmkit.report.learning_curve import not_compared
 from llmkit.report.names import name_of, spoken
 from llmkit.report.record import TRAINING_STAGES, Record, read_record, reading
 from llmkit.report.render import render
@@ -32,6 +33,8 @@ def folds_html(folder: Path) -> str:
         runs = [run for run in found["runs"] if (folder / str(run["run"]) / "run.json").is_file()]
         records = [read_record(folder / str(run["run"])) for run in runs]
         metric = headline_metric(records[0]) if records else None
+        if metric in (found.get("left_out") or {}).get("metrics", ()):
+            metric = None
         verdict = _verdict(found, metric, records)
         sections = [_scores(found, runs, metric, verdict), _curves(records), _folds(found, runs)]
         sections += [surroundings_section(records[0]), _again(found, records[0])] if records else []
@@ -148,7 +151,7 @@ def _scores(
         ]
         titles = ("metric", *names, "mean", "standard deviation", "95 % of the mean")
         blocks.append(Table(f"Scores by fold, {name_of(who, others)}" if others else "Scores by fold", titles, rows))
-    return Section("scores", title, [*blocks, Prose(_ROUGH)])
+    return Section("scores", title, [*blocks, *not_compared(found), Prose(_ROUGH)])
 
 
 def _chart(found: Mapping[str, Any], runs: Sequence[Mapping[str, Any]], metric: str, who: Sequence[str]) -> Any:

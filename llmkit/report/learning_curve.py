@@ -9,7 +9,7 @@ from llmkit.report.blocks import Block, Charts, Prose, Section, Table
 from llmkit.report.chart import HUES, Chart, draw
 from llmkit.report.record import Record
 from llmkit.report.verdict import headline_metric
-from llmkit.report.words import duration, interval, number, title_of
+from llmkit.report.words import duration, interval, listed, number, title_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -31,7 +31,16 @@ def curve_section(record: Record) -> Section:
     if len(drawn) > 1:
         blocks.append(Charts([_chart(metric, drawn, before)]))
     blocks.append(_table(curve, points, before))
-    return Section("learning-curve", title, blocks)
+    return Section("learning-curve", title, [*blocks, *not_compared(curve)])
+
+
+def not_compared(found: Mapping[str, Any]) -> list[Block]:
+    """Which metrics several runs of a recipe leave out, and why."""
+    left_out = found.get("left_out")
+    if not left_out:
+        return []
+    names = listed([title_of(name) for name in left_out["metrics"]])
+    return [Prose(f"Not compared: {names}, because {left_out['why']}.")]
 
 
 def _is_of_another_model(record: Record, points: Sequence[Mapping[str, Any]]) -> bool:

@@ -22,7 +22,7 @@ def score_section(record: Record) -> Section:
     """The verdict, all scores, and what else was measured."""
     results = record.results
     if results is None:
-        return Section("scores", "Did it get better?", ())
+        return Section("scores", question(record), ())
     found = verdict(record)
     blocks: list[Block] = [Prose(found.more)] if found and found.more else []
     blocks += [Prose(told)] if (told := legend(record)) else []
@@ -30,7 +30,12 @@ def score_section(record: Record) -> Section:
     blocks += _reasons(results)
     blocks += _data_sets(record, results)
     blocks += _benchmarks(results, record.others)
-    return Section("scores", "Did it get better?" if record.others else "Scores", blocks)
+    return Section("scores", question(record) if record.others else "Scores", blocks)
+
+
+def question(record: Record) -> str:
+    """What scores beside those of other models answer."""
+    return "Which is better?" if record.only_scores else "Did it get better?"
 
 
 def _reasons(results: Mapping[str, Any]) -> list[Block]:

@@ -14,6 +14,7 @@ import socket
 import subprocess
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from copy import deepcopy
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -142,16 +143,26 @@ class Run:
 
     @contextmanager
     def left_alone(self) -> Iterator[None]:
-        """While entered, other processes may open the run and its recipe; after that, this one has read what they left."""
+        """While entered, other processes may open the run and its recipe; after that, this one has read what they left.
+
+        Where they failed and left all stages as they were, so is the recipe.
+        """
+        stages, failed = deepcopy(self.record["stages"]), True
         self._write_recipe()
         self.close()
         try:
             yield
+            failed = False
         finally:
             if self._lock is not None:
                 self._lock.acquire(timeout=_LETTING_GO)
-            self._write_recipe()
             self.reload()
+            if failed and not self._finished and self.record["stages"] == stages:
+                self._take_back_recipe()
+            else:
+                self._write_recipe()
+            if not failed:
+                self._recipe_before, self._finished = None, True
 
     def _write_recipe(self) -> None:
         if self._recipe_text is not None:
@@ -214,9 +225,7 @@ class Run:
         before, self._before = self._before, None
         if self._finished:
             return False
-        if self._recipe_before is not None:
-            write_atomically(self.path / "recipe.yaml", self._recipe_before)
-            self._recipe_text = None
+        self._take_back_recipe()
         if before is None:
             return False
         shutil.rmtree(self.folder(stage))
@@ -225,6 +234,11 @@ class Run:
         self.save()
         self.reporter.note(f"what {stage} had made before is back in its place, and the recipe is as it was")
         return True
+
+    def _take_back_recipe(self) -> None:
+        if self._recipe_before is not None:
+            write_atomically(self.path / "recipe.yaml", self._recipe_before)
+            self._recipe_text = None
 
     def finish(self, artifact: Artifact, seconds: float) -> None:
         """Notes that a stage is done and what it left."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -106,7 +106,11 @@ class CrossValidation:
         ]
         found: dict[str, Any] = {"name": self.recipe.name, "folds": self.folds, "done": done}
         found |= {"written": datetime.now(UTC).isoformat(timespec="seconds"), "runs": runs}
-        found |= over_folds([run["scores"] for run in runs]) if done > 1 else {}
+        if done > 1:
+            scores = [run["scores"] for run in runs]
+            names = _incomparable(self.recipe, [self.run_of(n) for n in range(1, done + 1)], scores[0]["model"])
+            found |= over_folds([{who: _without(own, names) for who, own in fold.items()} for fold in scores])
+            found |= _left_out(names)
         write_json(self.folder / CROSSVAL, found)
         return found
 
@@ -280,14 +284,28 @@ class LearningCurve:
 
     def _leave_out(self, points: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """Takes scores out that other tokenizers make incomparable; gives their names and why, or nothing."""
-        digests = {tokenizer_digest(self.run_of(part) / "preprocess" / "tokenizer") for part in self.shares}
-        if self.recipe.task in _WHOLE_EXAMPLES or len(digests) == 1:
-            return {}
-        names = [name for name in points[0]["scores"] if name.removeprefix("general_") in _PER_TOKEN]
+        names = _incomparable(self.recipe, [self.run_of(part) for part in self.shares], points[0]["scores"])
         for point in points:
-            for key in ("scores", "intervals"):
-                point[key] = {name: value for name, value in point[key].items() if name not in names}
-        return {"left_out": {"metrics": names, "why": "the shares' tokenizers differ, and with them the tokens"}}
+            point |= {key: _without(point[key], names) for key in ("scores", "intervals")}
+        return _left_out(names)
+
+
+def _incomparable(recipe: Recipe, runs: Sequence[Path], metrics: Iterable[str]) -> list[str]:
+    """The metrics that average over tokens, where the tokenizers of runs differ."""
+    digests = {tokenizer_digest(run / "preprocess" / "tokenizer") for run in runs}
+    if recipe.task in _WHOLE_EXAMPLES or len(digests) == 1:
+        return []
+    return [name for name in metrics if name.removeprefix("general_") in _PER_TOKEN]
+
+
+def _without(scores: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    return {name: value for name, value in scores.items() if name not in names}
+
+
+def _left_out(names: list[str]) -> dict[str, Any]:
+    """What is written of metrics that are not compared; nothing where all are."""
+    why = "the runs' tokenizers differ, and with them the tokens"
+    return {"left_out": {"metrics": names, "why": why}} if names else {}
 
 
 def _are_numbers(values: Any) -> bool:

@@ -231,7 +231,9 @@ def test_a_learning_curve_has_a_run_for_each_share(cli: Cli, recipe: Path) -> No
     assert f"{points[0]['scores']['loss']:.4f}" in again.out
 
 
-def test_shares_with_tokenizers_of_their_own_are_compared_by_bytes(cli: Cli, text_rows: Path, tmp_path: Path) -> None:
+def test_shares_and_folds_with_tokenizers_of_their_own_are_compared_by_bytes(
+    cli: Cli, text_rows: Path, tmp_path: Path
+) -> None:
     recipe = tmp_path / "own.yaml"
     recipe.write_text(f"""\
 name: own
@@ -250,11 +252,17 @@ evaluate: {{generate: 0, samples: 0, train_sample: 0, precision: fp32, resamples
     done(cli("run", recipe, "-o", "run", "-q"))
     outcome = done(cli("evaluate", recipe, "-o", "run", "--learning-curve", "20%,100%"))
     assert "by share of the training rows" in outcome.out
-    assert "loss, perplexity cannot be compared: the shares' tokenizers differ" in " ".join(outcome.out.split())
+    assert "loss, perplexity cannot be compared: the runs' tokenizers differ" in " ".join(outcome.out.split())
     curve = json.loads(Path("run/learning_curve.json").read_text())
     assert curve["left_out"]["metrics"] == ["loss", "perplexity"]
     for point in curve["points"]:
         assert set(point["scores"]) == {"bits_per_byte"} >= set(point["intervals"])
+    folds = done(cli("crossval", recipe, "--folds", "2", "-o", "folds"))
+    assert "loss, perplexity cannot be compared: the runs' tokenizers differ" in " ".join(folds.out.split())
+    found = json.loads(Path("folds/crossval.json").read_text())
+    assert set(found["scores"]["model"]) == {"bits_per_byte"}
+    done(cli("report", "folds"))
+    assert "Not compared: loss and perplexity, because" in Path("folds/report.html").read_text()
 
 
 def ids_of(run: Path) -> set[bytes]:

@@ -131,6 +131,12 @@ def test_no_match_and_more_than_one_are_errors_that_say_how_to_map(
     assert error.where == "data.train, rows.jsonl:1"
 
 
+def test_rows_of_another_task_are_named() -> None:
+    with pytest.raises(DataError, match="no row format fits") as caught:
+        choose({"messages": CHAT}, kind="labelled")
+    assert str(caught.value.hint).startswith("another task takes these rows, of the format `messages`; or say which: ")
+
+
 def test_rows_of_two_formats_are_ambiguous() -> None:
     with pytest.raises(DataError, match=r"prompt_completion .* or messages"):
         choose({"prompt": "a", "completion": "b"}, {"messages": CHAT}, kind="chat")
