@@ -8,7 +8,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,11 @@ def print_json(value: dict[str, Any]) -> None:
     """The one JSON object of a command with --json."""
     sys.stdout.write(json.dumps(value, ensure_ascii=False, allow_nan=False) + "\n")
     sys.stdout.flush()
+
+
+def prints_aside() -> AbstractContextManager[Any]:
+    """While entered, what libraries print is no part of a command's result, and goes to standard error."""
+    return redirect_stdout(sys.stderr)
 
 
 @contextmanager

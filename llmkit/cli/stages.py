@@ -10,7 +10,7 @@ from pathlib import Path
 
 from llmkit.cli.benchmarks import show_benchmarks
 from llmkit.cli.console import ConsoleReporter, make_table, standard_error, standard_output
-from llmkit.cli.output import errors_shown, print_json
+from llmkit.cli.output import errors_shown, print_json, prints_aside
 from llmkit.cli.recipes import Flags, recipe_from, run_directory
 from llmkit.cli.report import leave_report
 from llmkit.cli.results import show_metrics, show_next, show_results
@@ -55,10 +55,11 @@ class StageCommand:
             path = run_directory(self.flags, recipe)
         with errors_shown(as_json=self.as_json and lead, run_dir=path):
             quieten_libraries(verbose=self.verbose)
-            from llmkit.stages.pipeline import run_stages, stages_for
-            from llmkit.stages.preflight import check_recipe
+            with prints_aside():
+                from llmkit.stages.pipeline import run_stages, stages_for
+                from llmkit.stages.preflight import check_recipe
 
-            check_recipe(recipe, stages_for(recipe, self._target), path)
+                check_recipe(recipe, stages_for(recipe, self._target), path)
             if dry_run:
                 self._dry_run(recipe, path)
                 return
@@ -67,7 +68,8 @@ class StageCommand:
                 if recipe.max_time is not None:
                     run.deadline = started + seconds_of(recipe.max_time)
                 launch = self._launcher(recipe, run)
-                made = run_stages(recipe, run, self._target, resume=self.resume, anyway=self.anyway, launch=launch)
+                with prints_aside():
+                    made = run_stages(recipe, run, self._target, resume=self.resume, anyway=self.anyway, launch=launch)
                 names = [name for name in stages_for(recipe, self._target) if run.is_done(name)]
                 if any(decision.runs for decision in made) or not (path / "report.html").exists():
                     leave_report(run, lead=lead)

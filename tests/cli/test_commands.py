@@ -110,6 +110,18 @@ def test_json_names_every_mistake(cli: Cli, tiny_llama: Path, chat_rows: Path) -
     assert {problem["where"] for problem in found["problems"]} == {"--set finetune.stpes=1", "--set seed=x"}
 
 
+def test_what_other_code_prints_is_no_part_of_the_result(
+    tiny_llama: Path, chat_rows: Path, cli: Cli, tmp_path: Path
+) -> None:
+    own = tmp_path / "own.py"
+    own.write_text("def loud(references, predictions):\n    print('heard')\n    return 1.0\n")
+    flags = ("--set", f"evaluate.metrics=['{own}:loud']", "--set", "evaluate.generate=2", "--json")
+    done = cli("evaluate", tiny_llama, "-d", chat_rows, "-o", tmp_path / "scored", *flags)
+    assert done.code == 0, done.err
+    assert json.loads(done.out)["status"] == "done"
+    assert "heard" in done.err
+
+
 def test_quiet_prints_the_result_only(tuned: Path, cli: Cli) -> None:
     done = cli("finetune", tuned, "-q")
     assert done.err == ""
