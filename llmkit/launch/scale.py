@@ -121,7 +121,7 @@ class Layout:
     @property
     def runs(self) -> bool:
         """True for what llmkit itself does today; the rest is for comparison, and for other trainers."""
-        return self.name in ("one GPU", "ddp", "fsdp", "tensor") or self.name.endswith("x fsdp")
+        return self.name in ("one GPU", "ddp", "fsdp", "ZeRO-1", "ZeRO-2", "tensor") or self.name.endswith("x fsdp")
 
     @property
     def ranks(self) -> int:

@@ -25,9 +25,11 @@ def fast_forward(model: Any, *, packed: bool, outline: bool = False) -> Iterator
     choices = [
         fused_norm,
         *([fast_dropout] if on_cpu else []),
-        *([fast_embedding] if model.device.type == "cpu" else []),
+        *(
+            [fast_embedding] if model.device.type == "cpu" and not _has(model, "_hp_mapping") else []
+        ),  # DeepSpeed's mark
     ]
-    if any(hasattr(parameter, "device_mesh") for parameter in model.parameters()):
+    if _has(model, "device_mesh"):
         choices = []  # parameters that are spread over processes belong to their modules
 
     def choose(module: nn.Module) -> nn.Module | None:
@@ -38,3 +40,8 @@ def fast_forward(model: Any, *, packed: bool, outline: bool = False) -> Iterator
         attention_outline(model) if outline else attention(model, packed=packed),
     ):
         yield
+
+
+def _has(model: Any, mark: str) -> bool:
+    """True when a parameter has an attribute that those have that are spread over processes."""
+    return any(hasattr(parameter, mark) for parameter in model.parameters())

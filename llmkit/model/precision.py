@@ -41,13 +41,18 @@ def compute_in(model: torch.nn.Module, precision: str) -> dict[str, torch.Tensor
     """
     if precision != "bf16":
         return {}
-    kept = tuple(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
-    originals = {}
+    kept, originals = kept_in_fp32(model), {}
     for name, parameter in model.named_parameters():
-        if parameter.dtype == torch.float32 and not any(part in name for part in kept):
+        if parameter.dtype == torch.float32 and name not in kept:
             originals[name] = parameter.data
             parameter.data = parameter.data.to(torch.bfloat16)
     return originals
+
+
+def kept_in_fp32(model: torch.nn.Module) -> frozenset[str]:
+    """The parameters that the family never computes with in fewer bits."""
+    parts = tuple(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
+    return frozenset(name for name, _ in model.named_parameters() if any(part in name for part in parts))
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:

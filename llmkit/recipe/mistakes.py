@@ -113,8 +113,9 @@ def _problems(mistakes: list[_Mistake], place: str | None) -> list[Problem]:
         ]
     if first.kind == "missing":
         return [Problem(f"`{path}` is missing", expected="a value for it", where=place)]
-    message = first.message.removeprefix("Value error, ")
-    if first.kind == "value_error" and message.startswith(_SENTENCE):
+    messages = [m.message.removeprefix("Value error, ") for m in mistakes if m.kind == "value_error"]
+    message = next((text for text in messages if text.startswith(_SENTENCE)), None)  # of the branch that got furthest
+    if message is not None:
         subject = f"`{path}`" if path else "the recipe"
         sentences = message.split("\n")
         return [Problem(f"{subject} {said}", hint=_one_of_two(path, said), where=place) for said in sentences]
@@ -138,7 +139,7 @@ def _expectation(mistake: _Mistake) -> tuple[str, str | None]:
     """What should have stood there, and what may have been meant."""
     value = mistake.input
     if mistake.kind == "literal_error":
-        choices = re.findall(r"'([^']*)'", str(mistake.context["expected"]))
+        choices = [text or number for text, number in re.findall(r"'([^']*)'|(\d+)", str(mistake.context["expected"]))]
         return " or ".join(f"`{choice}`" for choice in choices), did_you_mean(str(value), choices)
     if mistake.kind == "value_error":
         text, _, hint = mistake.message.removeprefix("Value error, ").partition("; did you mean ")

@@ -247,10 +247,22 @@ class Launch(Section):
 
 
 class Parallel(Section):
-    """How many processes share the work on the same examples; what they share is spread over the others, as with fsdp."""
+    """How many processes share the work on the same examples, with fsdp over the rest; or what DeepSpeed shares."""
 
     tensor: int = Field(1, gt=0, description="processes that compute parts of each product of a block")
     context: int = Field(1, gt=0, description="how many such groups compute parts of each example")
+    deepspeed: Literal[1, 2] | None = Field(
+        None, description="a ZeRO stage: optimizer state is shared (1), gradients too (2); weights too (3) is fsdp"
+    )
+    offload: bool = Field(False, description="DeepSpeed keeps what it shares in the machine's memory, and steps there")
+
+    @model_validator(mode="after")
+    def _one_way(self) -> Parallel:
+        if self.deepspeed is not None and self.tensor * self.context > 1:
+            raise ValueError("takes `deepspeed`, or `tensor` and `context`, which share by fsdp, not both")
+        if self.offload and self.deepspeed is None:
+            raise ValueError("takes `offload` beside `deepspeed` alone: `{deepspeed: 2, offload: true}`")
+        return self
 
 
 class Recipe(Section):
@@ -270,11 +282,12 @@ class Recipe(Section):
     evaluate: Evaluate = Evaluate()
     export: Export = Export()
     launch: Launch = Launch()
-    parallel: Literal["auto", "ddp", "fsdp", "tensor", "context"] | Parallel = Field(
+    parallel: Literal["auto", "ddp", "fsdp", "tensor", "context", "deepspeed"] | Parallel = Field(
         "auto",
         description="how several processes train: ddp, each with the whole model; fsdp, with a share of its weights, "
         "gradients and optimizer state; tensor, those of one machine each with a part of each product; context, with a part of "
-        "each example; auto: ddp or fsdp; or sizes: {tensor: 2, context: 4}, and fsdp over the rest",
+        "each example; deepspeed, with a share of the gradients and optimizer state; auto: ddp or fsdp; or sizes: {tensor: 2, "
+        "context: 4}, and fsdp over the rest; or {deepspeed: 2, offload: true}",
         json_schema_extra=NO_RESULT,
     )
     max_time: Duration | None = Field(

@@ -14,19 +14,21 @@ from llmkit.errors import RecipeError
 from llmkit.model.adapters import in_four_bits
 from llmkit.model.context import Context
 from llmkit.model.objective import Objective
+from llmkit.model.precision import kept_in_fp32
 from llmkit.model.tensor_parallel import tensor_plan
 from llmkit.recipe.schema import Parallel
 from llmkit.stages.job import TrainingJob
 from llmkit.stages.sizing import Sizing, available_bytes
 from llmkit.tasks.causal_objective import CausalObjective
 from llmkit.train.mesh import Mesh
-from llmkit.train.sharding import ELEMENTWISE
+from llmkit.train.spread import ELEMENTWISE
+from llmkit.train.zero import Zero, require_deepspeed
 
 
 def share_of_memory(device: torch.device) -> int:
     """The bytes that this process may fill; those of one machine's CPU share its memory."""
-    neighbours = _neighbours() if device.type == "cpu" else 1
-    return available_bytes(device) // neighbours
+    processes = neighbours() if device.type == "cpu" else 1
+    return available_bytes(device) // processes
 
 
 def choose_parallel(
@@ -42,7 +44,7 @@ def choose_parallel(
         for key in (key for key, is_asked in asked.items() if is_asked):
             guess(f"{job.stage}.{key}", "none", "there is one process, and nobody to share with")
         return size(None), None
-    against = _why_not_spread(job, precision)
+    against = _why_not_spread(job, precision) or _why_not_deepspeed(job, precision)
     if wanted not in ("auto", "ddp"):
         if against is not None:
             raise RecipeError(
@@ -71,6 +73,8 @@ def named(mesh: Mesh | None, processes: int) -> str | None:
     if mesh is None:
         return None if processes == 1 else "ddp"
     sizes = {"tensor": mesh.tensor, "context": mesh.context, "data": mesh.shares}
+    if isinstance(mesh, Zero):
+        return f"DeepSpeed ZeRO-{mesh.stage}" + (", offloaded" if mesh.offload else "")
     shared = [f"{name} {size}" for name, size in sizes.items() if size > 1]
     return "fsdp" if mesh.tensor == mesh.context == 1 else " x ".join(shared)
 
@@ -92,9 +96,10 @@ def shared_rows(objective: Objective, context: Context) -> Objective:
 def _mesh(job: TrainingJob, wanted: str | Parallel, accelerator: Any) -> Mesh:
     """The mesh that a recipe asks for. Raises RecipeError when the processes or the model do not go with it."""
     processes = accelerator.num_processes
-    sizes = (
-        wanted if isinstance(wanted, Parallel) else Parallel(**({wanted: _neighbours()} if wanted != "fsdp" else {}))
-    )
+    sizes = wanted if isinstance(wanted, Parallel) else _sizes_of(wanted)
+    if sizes.deepspeed is not None:
+        require_deepspeed()
+        return Zero(accelerator.process_index, processes, stage=sizes.deepspeed, offload=sizes.offload)
     if processes % (sizes.tensor * sizes.context):
         raise RecipeError(
             "the processes cannot be shared out so",
@@ -127,15 +132,36 @@ def _require_cuttable(job: TrainingJob, parts: int) -> None:
     )
 
 
+def _sizes_of(wanted: str) -> Parallel:
+    """What a word stands for, beside the processes of this machine."""
+    if wanted in ("tensor", "context"):
+        return Parallel(**{wanted: neighbours()})
+    return Parallel(deepspeed=2) if wanted == "deepspeed" else Parallel()
+
+
 def _name(wanted: str | Parallel) -> str:
     if isinstance(wanted, str):
         return wanted
+    if wanted.deepspeed is not None:
+        return "deepspeed"
     return "tensor" if wanted.tensor > 1 else "context" if wanted.context > 1 else "fsdp"
 
 
-def _neighbours() -> int:
+def neighbours() -> int:
     """How many processes this machine has."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def _why_not_deepspeed(job: TrainingJob, precision: str) -> tuple[str, str] | None:
+    """What of a training DeepSpeed in particular cannot do."""
+    if _name(job.recipe.parallel) != "deepspeed":
+        return None
+    learning = {name: parameter for name, parameter in job.model.named_parameters() if parameter.requires_grad}
+    if single := [name for name, parameter in job.model.named_parameters() if not parameter.ndim]:
+        return f"parameters of a single number ({single[0]})", "set parallel: fsdp"
+    if precision == "bf16" and (kept := sorted(kept_in_fp32(job.model) & learning.keys())):
+        return f"parameters that stay in fp32 ({kept[0]})", "freeze them, set precision: fp32, or parallel: fsdp"
+    return None
 
 
 def _why_not_spread(job: TrainingJob, precision: str) -> tuple[str, str] | None:
@@ -144,6 +170,8 @@ def _why_not_spread(job: TrainingJob, precision: str) -> tuple[str, str] | None:
         return f"{job.stage}.local", "take one of the two"
     if job.training.optimizer.name not in ELEMENTWISE:
         return f"optimizer: {job.training.optimizer.name}", f"take one of {', '.join(sorted(ELEMENTWISE))}"
+    if any(rate for name, rate in job.model.config.to_dict().items() if "layerdrop" in name):
+        return "layerdrop in the model's config", "set parallel: ddp: each process would leave out other blocks"
     if job.thaws:
         return "freeze.unfreeze", "leave it out, or set parallel: ddp"
     if precision == "fp16":

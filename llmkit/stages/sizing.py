@@ -24,6 +24,7 @@ from llmkit.train.loop import batch_order, total_steps
 from llmkit.train.masters import Masters
 from llmkit.train.memory import Memory, predict_memory
 from llmkit.train.micro_batches import cut
+from llmkit.train.zero import Zero
 
 _MOST_ON_CPU = 2048  # tokens at once; more are not faster there
 _STEPS_LOOKED_AT = 4000
@@ -52,6 +53,7 @@ class Outline:
     exact_in_bf16: bool = False  # the weights come from bf16, so that no fp32 originals of frozen ones are kept
     processes: int = 1
     shards: int = 1  # processes over which the parameters are spread
+    zero: Zero | None = None  # what else is spread over the processes
     adapter: AdapterRules | None = None
 
     def model(self) -> Any:
@@ -138,6 +140,9 @@ def _memory(outline: Outline, model: Any, objective: Objective, part: list[int])
 
     copies = outline.device.type == "cpu" and not outline.exact_in_bf16
     memory = predict_memory(model, objective, batch, outline.precision, outline.device, copies, optimizer)
+    if outline.zero is not None:
+        offloaded = outline.zero.offload and outline.device.type != "cpu"
+        return memory.zero(outline.zero, copied=outline.precision == "bf16", offloaded=offloaded)
     if outline.shards == 1:
         return memory
     blocks = [sum(p.numel() for p in block.parameters()) for block in blocks_of(model)]

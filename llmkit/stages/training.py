@@ -27,7 +27,7 @@ from llmkit.run.directory import Artifact
 from llmkit.run.log import MetricsLog
 from llmkit.stages.base import parts_of, relative_files, within
 from llmkit.stages.job import TrainingJob
-from llmkit.stages.parallel import choose_parallel, named, share_of_memory, shared_rows
+from llmkit.stages.parallel import choose_parallel, named, neighbours, share_of_memory, shared_rows
 from llmkit.stages.prefix import known_prefix
 from llmkit.stages.prefix_cache import PrefixCache
 from llmkit.stages.sizing import Outline, Sizing, available_bytes, shape_computation, size_up
@@ -45,8 +45,11 @@ from llmkit.train.loop import Fit
 from llmkit.train.masters import Masters
 from llmkit.train.mesh import Mesh
 from llmkit.train.sharding import ShardedMasters
+from llmkit.train.spread import SpreadMasters
 from llmkit.train.state import TrainState, seed_everything
 from llmkit.train.thaw import Thaw, groups_by_thaw, thaws_at
+from llmkit.train.when import logged_steps
+from llmkit.train.zero import Zero, ZeroMasters
 
 
 def train_and_save(job: TrainingJob) -> tuple[Artifact, Fit]:
@@ -78,7 +81,7 @@ def train_and_save(job: TrainingJob) -> tuple[Artifact, Fit]:
             "parameter_groups": list(fit.group_rows),
             "processes": accelerator.num_processes,
             "parallel": named(
-                fit.masters.mesh if isinstance(fit.masters, ShardedMasters) else None, accelerator.num_processes
+                fit.masters.mesh if isinstance(fit.masters, SpreadMasters) else None, accelerator.num_processes
             ),
             "device": torch.cuda.get_device_name() if accelerator.device.type == "cuda" else accelerator.device.type,
         },
@@ -154,7 +157,10 @@ def _masters(job: TrainingJob, precision: str, mesh: Mesh | None, accelerator: A
     model, device, regularisation = job.model, accelerator.device, regularisation_of(job.training)
     alone = accelerator.num_processes == 1 or (job.adapter is not None and in_four_bits(job.adapter))
     masters: Masters
-    if mesh is not None:
+    if isinstance(mesh, Zero):
+        masters = ZeroMasters(model, precision, mesh, device)
+        objective = job.task.objective(model, regularisation)
+    elif mesh is not None:
         masters = ShardedMasters(model, precision, mesh, device)
         objective = masters.call(job.task.objective, regularisation)
         if mesh.context > 1:
@@ -200,7 +206,7 @@ def _has_room_for_copy(masters: Masters, training: Training, sizing: Sizing, dev
     """True when the machine holds a copy of what a checkpoint saves beside all that training takes."""
     states = 3 if training.ema is None else 4  # the weights, two moments of each, and the average
     copy = states * sum(tensor.nbytes for tensor in masters.outlines().values())
-    taken = sizing.memory.total if device.type == "cpu" else 0
+    taken = sizing.memory.total if device.type == "cpu" else sizing.memory.offloaded * neighbours()
     return taken + copy < available_bytes(torch.device("cpu"))
 
 
@@ -243,6 +249,8 @@ def _sizing(job: TrainingJob, precision: str, accelerator: Any) -> tuple[Sizing,
     available = share_of_memory(accelerator.device)
 
     def size(mesh: Mesh | None) -> Sizing:
+        if isinstance(mesh, Zero):
+            return size_up(replace(outline, zero=mesh), available)
         spread = outline if mesh is None else replace(outline, shards=mesh.count, processes=mesh.shares)
         if mesh is not None and mesh.context > 1:
             spread = replace(spread, objective=lambda model: shared_rows(whole(model), Context(0, mesh.context)))
@@ -253,6 +261,12 @@ def _sizing(job: TrainingJob, precision: str, accelerator: Any) -> tuple[Sizing,
         f"{job.stage}: {sizing.largest:,} tokens at once at most; {sizing.memory.total / 2**30:.1f} GiB foreseen beside "
         f"the program itself, of {available / 2**30:.1f} GiB"
     )
+    away, room = sizing.memory.offloaded, share_of_memory(torch.device("cpu"))
+    if away > room:
+        job.run.reporter.warn(
+            f"{job.stage} may fill the machine's memory: {away / 2**30:.1f} GiB a process are offloaded, and there are "
+            f"{room / 2**30:.1f}"
+        )
     if sizing.memory.total > available:
         job.run.reporter.warn(
             f"{job.stage} may run out of memory: lower data.max_length, set {job.stage}.activation_checkpointing: true, "
@@ -293,10 +307,11 @@ def _hooks(job: TrainingJob, fit: Fit, accelerator: Any) -> list[Hook]:
         log = MetricsLog(
             job.run.path / "metrics.jsonl", job.stage, step=fit.state.step, refused=fit.state.refused_steps
         )
-        hooks.append(MetricsLogHook(log, job.training.log_every))
+        is_logged = logged_steps(job.training.log_every, fit.total_steps)
+        hooks.append(MetricsLogHook(log, is_logged))
         progress = job.run.reporter.progress(job.stage, fit.total_steps, "steps")
         progress.advance(fit.state.step)
         hooks.append(ProgressHook(progress, fit.state.step))
         opened = tracking_of(job.recipe, job.run, job.stage).open(config_of(job.recipe), step=fit.state.step)
-        hooks.append(TrackersHook(opened, job.training.log_every, job.run.reporter.warn))
+        hooks.append(TrackersHook(opened, is_logged, job.run.reporter.warn))
     return hooks

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -19,6 +19,7 @@ from llmkit.model.precision import compute_in
 from llmkit.run.checkpoint import Writers
 from llmkit.train.mesh import Mesh
 
+Updated = TypeVar("Updated")
 _CACHED = 2**18  # numbers: a megabyte in fp32, which stays in a processor's cache
 _SUMMED = 2**22  # numbers whose squares one fp32 sum adds up well; few enough sums for a GPU
 
@@ -36,7 +37,7 @@ class Masters:
         self.frozen = {  # not on a GPU, where nothing needs them before they are saved
             name: tensor.cpu() if tensor.is_cuda else tensor
             for name, tensor in originals.items()
-            if name not in self._own and _loses_bits(tensor)
+            if name not in self._own and loses_bits(tensor)
         }
         self.weights = {
             name: torch.nn.Parameter(originals[name]) if name in originals else p for name, p in self._own.items()
@@ -61,6 +62,16 @@ class Masters:
     def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """What a function makes of the model and other arguments."""
         return function(self.model, *arguments)
+
+    def backward(self, loss: torch.Tensor, *, last: bool) -> None:
+        """The backward pass of a micro-batch, the last one of a step or not."""
+        loss.backward()
+
+    def stepping(self, update: Callable[[], Updated]) -> Updated:
+        """What `update` gives, which may change the weights; the model then has them."""
+        found = update()
+        self.publish()
+        return found
 
     def over_pieces(self, sums: torch.Tensor) -> torch.Tensor:
         """What was summed over examples of which each process computes a piece."""
@@ -189,7 +200,7 @@ class Masters:
     def in_full(self) -> Iterator[Any]:
         """The model with all its weights in full precision, the frozen ones bit-identical to what they were."""
         parameters = dict(self.model.named_parameters())
-        full = {name: self.weights[name].data for name in self.copied} | self.frozen
+        full = self._full_weights() | self.frozen
         full |= {n: p.data.float() for n, p in parameters.items() if n in self._cast and n not in full}
         computing = {name: parameters[name].data for name in full}
         for name, tensor in full.items():
@@ -199,6 +210,10 @@ class Masters:
         finally:
             for name, tensor in computing.items():
                 parameters[name].data = tensor
+
+    def _full_weights(self) -> dict[str, torch.Tensor]:
+        """In fp32 what the model computes with copies of, whole."""
+        return {name: self.weights[name].data for name in self.copied}
 
     def _collector(self, name: str) -> Callable[[torch.Tensor], None]:
         """Takes a parameter's gradient over as soon as it is whole, so that never all of them exist twice."""
@@ -227,7 +242,7 @@ def square_of(numbers: torch.Tensor) -> torch.Tensor:
     return torch.stack([torch.dot(part, part) for part in numbers.split(_SUMMED)]).double().sum()
 
 
-def _loses_bits(tensor: torch.Tensor) -> bool:
+def loses_bits(tensor: torch.Tensor) -> bool:
     """True when bf16 does not hold these fp32 numbers exactly; weights that were saved in bf16 lose nothing."""
     return tensor.is_meta or not torch.equal(tensor.to(torch.bfloat16).float(), tensor)
 

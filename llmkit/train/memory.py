@@ -19,6 +19,7 @@ from torch.utils.flop_counter import flop_registry
 
 from llmkit.model.objective import Batch, Objective, to_device
 from llmkit.train.masters import Masters
+from llmkit.train.zero import Zero, bucket_numbers
 
 _META = torch.device("meta")
 
@@ -49,6 +50,7 @@ class Memory:
     flops: int
     products: int
     kernels: int = 0
+    offloaded: int = 0  # in the machine's memory, not the device's
 
     @property
     def fixed(self) -> int:
@@ -73,10 +75,31 @@ class Memory:
             optimizer=self.optimizer // processes,
         )
 
+    def zero(self, how: Zero, *, copied: bool, offloaded: bool) -> Memory:
+        """The same for each of the processes of a training by DeepSpeed.
+
+        `copied` says that the model computes with copies of fp32 masters; `offloaded`, that what is shared lies elsewhere.
+        """
+        share, optimizer = (
+            self.gradients // how.count,
+            self.optimizer // how.count,
+        )  # fp32, a number for each trained one
+        bucket = bucket_numbers(self.gradients // 4) * (8 if copied else 4)  # as it is filled, and as it is sent
+        summed = share + (self.gradients if how.stage == 1 else 0)
+        frozen_copies = self.masters - (self.gradients if copied else 0)
+        here = 0 if offloaded else 1
+        return replace(
+            self,
+            masters=frozen_copies + here * share,
+            gradients=bucket + summed + here * 2 * share,  # also as DeepSpeed gives them, and as they are taken
+            optimizer=here * optimizer,
+            offloaded=(1 - here) * (3 * share + optimizer),
+        )
+
     @property
     def parts(self) -> dict[str, int]:
         """What `total` is made of."""
-        return {name: value for name, value in asdict(self).items() if name not in ("flops", "products")}
+        return {name: value for name, value in asdict(self).items() if name not in ("flops", "products", "offloaded")}
 
 
 def predict_memory(

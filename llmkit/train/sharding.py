@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from datetime import timedelta
 from typing import Any
 
 import torch
@@ -25,11 +24,8 @@ from llmkit.model.objective import Objective
 from llmkit.model.precision import default_device
 from llmkit.model.sending import send_from_first
 from llmkit.model.tensor_parallel import TensorPlan, cut_products, parameters_in, tensor_plan
-from llmkit.run.checkpoint import Writers
-from llmkit.train.masters import Masters, square_of
 from llmkit.train.mesh import Mesh
-
-ELEMENTWISE = frozenset({"adamw", "sgd", "lion", "rmsprop", "adagrad"})  # optimizers that treat each number by itself
+from llmkit.train.spread import SpreadMasters, chunk_of
 
 
 class _Computation(nn.Module):
@@ -43,15 +39,13 @@ class _Computation(nn.Module):
         return function(self.model, *arguments)
 
 
-class ShardedMasters(Masters):
+class ShardedMasters(SpreadMasters):
     """The rows of a model's parameters that belong to this process; every process must call its methods.
 
     `model` is whole in the first process, and may be on the meta device in the others; block by block it comes to `device`,
     where it is to be trained. Without a device it stays where it is, whole or on the meta device in all, to see what each
     would hold. It can be computed with by `call` alone. A mesh whose `tensor` is above 1 asks for a model with a tensor plan.
     """
-
-    sharded = True
 
     def __init__(self, model: Any, precision: str, mesh: Mesh, device: torch.device | None = None) -> None:
         self.mesh = mesh
@@ -74,10 +68,6 @@ class ShardedMasters(Masters):
             weight.grad = self.gradients[start : start + weight.numel()].view(weight.shape)
             start += weight.numel()
         self._once = start - sum(self.weights[name].numel() for name in self._repeated & self.weights.keys())
-
-    def mesh_among(self, accelerator: Any) -> Mesh:
-        """Where this process stands among those that train together."""
-        return self.mesh
 
     def context(self) -> Context:
         """Those that share the tokens of examples with this process; every process must call it."""
@@ -119,55 +109,19 @@ class ShardedMasters(Masters):
             if name in self.weights:
                 torch.distributed.all_reduce(self.weights[name].grad, group=self._grid.get_group("tensor"))
 
-    def sum_gradients(self) -> None:
-        """Nothing is left to be summed."""
-
-    def gradient_norm(self) -> float:
-        """The Euclidean norm of all gradients of all processes."""
-        square = square_of(self.gradients if self.mesh.speaks else self.gradients[: self._once])
-        torch.distributed.all_reduce(square)
-        return float(square.sqrt())
+    def _counted(self) -> torch.Tensor:
+        return self.gradients if self.mesh.speaks else self.gradients[: self._once]
 
     def release(self) -> None:
         """Lets go of the gradients; no step can be taken any more."""
         self.forget_gradients()
         super().release()
 
-    def outlines(self) -> dict[str, torch.Tensor]:
-        """What `whole` gives, on the meta device."""
-        shapes = {name: torch.empty(p.shape, dtype=p.dtype, device="meta") for name, p in self._own.items()}
-        return shapes | {name: buffer.to("meta") for name, buffer in self._saved_buffers().items()}
-
-    def whole(self) -> dict[str, torch.Tensor]:
-        """What training changes, on the CPU of the first process; nothing in the others."""
-        found = {}
-        for name, parameter in self._own.items():
-            full = self._gathered(name, parameter.to_local().detach())
-            if self.mesh.number == 0:
-                found[name] = full.cpu()
-            del full
-        buffers = {} if self.mesh.number else self._saved_buffers()
-        return found | {name: buffer.detach().cpu() for name, buffer in buffers.items()}
-
-    def saved(self) -> dict[str, torch.Tensor]:
-        """The rows of what training changes, on the CPU; what is everywhere the same, in the first process."""
-        return self.parts({name: (name, tensor) for name, tensor in self._saved().items()})
-
-    def parts(self, rows: dict[str, tuple[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-        """What this process saves of tensors that belong to parameters: its rows, and what is no rows in the first one."""
-        found = {}
-        for key, (name, tensor) in rows.items():
-            if name in self.weights and tensor.shape == self.weights[name].shape:
-                found[key] = self._rows_over_all(name, tensor.detach()).cpu().contiguous()
-            elif self.mesh.number == 0:
-                found[key] = tensor.detach().cpu().contiguous()
-        return found
-
     def _rows_over_all(self, name: str, part: torch.Tensor) -> torch.Tensor:
         """What is shaped as a parameter, cut into rows over all processes, whatever of it this process computes with."""
         if self._grid is None or name not in self._in_blocks:
             return part
-        return _chunk(self._gathered(name, part), self.mesh.count, self.mesh.number)
+        return super()._rows_over_all(name, part)
 
     def _gathered(self, name: str, part: torch.Tensor) -> torch.Tensor:
         """The whole of what is shaped as a parameter, of which this process has a part."""
@@ -181,25 +135,11 @@ class ShardedMasters(Masters):
         part = _together(part, self._grid["data"], Shard(0), own)
         return part if cut is None else _together(part, self._grid["tensor"], Shard(cut), shape)
 
-    def writers(self, silence: timedelta) -> Writers:
-        """All processes; they speak in a group of their own, as checkpoints are written while training goes on."""
-        group = torch.distributed.new_group(backend="gloo", timeout=silence)
-
-        def exchange(own: Any) -> list[Any]:
-            found: list[Any] = [None] * self.mesh.count
-            torch.distributed.all_gather_object(found, own, group=group)
-            return found
-
-        return Writers(self.mesh.number, self.mesh.count, exchange)
-
-    def rows(self, name: str, whole: torch.Tensor) -> torch.Tensor:
-        """This process's part of something that is shaped as a parameter, by itself."""
-        if name not in self._own or whole.shape != self._own[name].shape:
-            return whole
+    def _part(self, name: str, whole: torch.Tensor) -> torch.Tensor:
         if name not in self._in_blocks:
-            return _chunk(whole, self.mesh.count, self.mesh.number).clone()
+            return chunk_of(whole, self.mesh.count, self.mesh.number)
         part = whole.chunk(self.mesh.tensor, self._cut[name])[self.mesh.part] if name in self._cut else whole
-        return _chunk(part, self.mesh.others, self.mesh.place).clone()
+        return chunk_of(part, self.mesh.others, self.mesh.place)
 
     @torch.no_grad()
     def publish(self) -> None:
@@ -259,12 +199,6 @@ def _together(part: torch.Tensor, mesh: Any, placement: Any, shape: list[int]) -
     stride = torch.empty(shape, device="meta").stride()
     cut = DTensor.from_local(part, mesh, [placement], run_check=False, shape=torch.Size(shape), stride=stride)
     return cut.full_tensor()
-
-
-def _chunk(tensor: torch.Tensor, parts: int, number: int) -> torch.Tensor:
-    """Part `number` of a tensor's rows; the last ones may have fewer, or none."""
-    found = tensor.chunk(parts)
-    return found[number] if number < len(found) else tensor[:0]
 
 
 @contextmanager

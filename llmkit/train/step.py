@@ -96,7 +96,8 @@ class Stepper:
             _restore_random_state(random, self.accelerator.device)
         assert loss is not None, "a process that ran out of memory begins the step again"
         mean = self._sum_in_place(loss * self.mesh.speaks).item() / max(supervised, 1)
-        grad_norm, trouble = self._update(mean, max(own[0] if self.apart else supervised, 1), rates)
+        divisor = max(own[0] if self.apart else supervised, 1)
+        grad_norm, trouble = self.masters.stepping(lambda: self._update(mean, divisor, rates))
         if trouble is not None and trouble.action != "warn":
             _restore_random_state(random, self.accelerator.device)
         asked = stops > 0, saves > 0
@@ -110,12 +111,14 @@ class Stepper:
         device = self.accelerator.device
         total = torch.zeros((), device=device)
         self.masters.forget_gradients()
-        for batch, counts in self._in_step(batches):
+        rounds = self._in_step(batches)
+        for number, (batch, counts) in enumerate(rounds, 1):
             try:
                 with autocast(device, self.precision):
                     loss = self.masters.call(self.objective.loss, to_device(batch, device))
                 weighed = loss * (weigh and counts)
-                (self.scaler.scale(weighed / max(supervised, 1)) if self.scaler else weighed).backward()
+                scaled = self.scaler.scale(weighed / max(supervised, 1)) if self.scaler else weighed
+                self.masters.backward(scaled, last=number == len(rounds))
                 total += weighed.detach()
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
@@ -178,7 +181,6 @@ class Stepper:
             self.scaler.update()
         if not overflowed:
             self.masters.pull(self.optimizer.param_groups)
-        self.masters.publish()
         return (None if overflowed else grad_norm), trouble
 
     def _divide_gradients(self, divisor: float) -> None:

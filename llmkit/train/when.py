@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from llmkit.recipe.training import Training
@@ -57,3 +58,8 @@ class Times:
     def must_stop(self) -> bool:
         """True when, after the step that comes, there would be no time for another one and a checkpoint."""
         return self.deadline is not None and time.monotonic() + self.slowest_step + self.bound >= self.deadline
+
+
+def logged_steps(every: int, last: int) -> Callable[[int], bool]:
+    """Whether a step is logged: the first one, each that `every` divides, and the last one."""
+    return lambda step: step in (1, last) or step % every == 0

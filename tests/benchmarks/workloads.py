@@ -95,7 +95,7 @@ SMOLLM2_CHAT = Workload(
         ),
         *(
             Contestant(f"{LLMKIT}-two-{way}", None, {"precision": "bf16"}, True, recipe=_TWO | {"parallel": way})
-            for way in ("ddp", "fsdp")
+            for way in ("ddp", "fsdp", "deepspeed")
         ),
     ),
 )

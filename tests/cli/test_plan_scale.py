@@ -68,7 +68,7 @@ def test_all_strategies_as_json(cli: Cli, model: Path, tmp_path: Path) -> None:
     assert found["ddp"]["memory_bytes"]["optimizer"] == pytest.approx(8 * parameters, rel=1e-3)
     assert found[plan["auto"]["strategy"]]["fits"]
     assert [name for name, one in found.items() if one["run_by_llmkit"]] == [
-        *("ddp", "fsdp", "context x fsdp", "tensor x fsdp", "tensor x context x fsdp")
+        *("ddp", "fsdp", "ZeRO-1", "ZeRO-2", "context x fsdp", "tensor x fsdp", "tensor x context x fsdp")
     ]
     assert "fit" in plan["auto"]["why"]
     assert set(metrics["assumptions"]) >= {"passes", "hidden", "links", "memory"}

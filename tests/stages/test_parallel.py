@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import forked
 import forked_workers
 import pytest
+import torch
 from conftest import Cli
 from safetensors.torch import load_file
 from transformers import LlamaConfig
@@ -34,6 +36,7 @@ def choose(
     thaws: Any = (),
     local: Any = None,
     model: Any = None,
+    layerdrop: float = 0.0,
 ) -> tuple[tuple[int, str | None], dict[str, tuple[Any, str]]]:
     """Over how many the sizing spreads, and how training does; and what was guessed. 40 GiB in all, 16 a process."""
     guesses: dict[str, tuple[Any, str]] = {}
@@ -44,7 +47,7 @@ def choose(
         training=SimpleNamespace(optimizer=SimpleNamespace(name=optimizer), local=local),
         thaws=thaws,
         adapter=None,
-        model=model,
+        model=model or SimpleNamespace(config=SimpleNamespace(to_dict=lambda: {"layerdrop": layerdrop})),
     )
 
     def size(mesh: Mesh | None) -> Any:
@@ -79,6 +82,7 @@ def test_what_is_asked_for_is_done() -> None:
         ({"optimizer": "muon"}, "optimizer: muon"),
         ({"precision": "fp16"}, "precision: fp16"),
         ({"thaws": ({"at": 3},)}, "freeze.unfreeze"),
+        ({"layerdrop": 0.1}, "layerdrop in the model's config"),
         ({"local": LocalSteps()}, "finetune.local"),
     ],
 )
@@ -107,6 +111,29 @@ def test_products_are_shared_by_as_many_as_is_said(llama: Any, monkeypatch: pyte
     assert choose(Parallel(tensor=2, context=2), processes=8, model=llama)[0] == (8, "tensor 2 x context 2 x data 2")
     assert choose(Parallel(), model=llama)[0] == (4, "fsdp")
     assert "one process" in choose("tensor", processes=1)[1]["finetune.parallel"][1]
+
+
+def test_what_deepspeed_shares(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert choose("deepspeed", model=llama)[0] == (4, "DeepSpeed ZeRO-2")
+    assert choose(Parallel(deepspeed=1, offload=True), model=llama)[0] == (4, "DeepSpeed ZeRO-1, offloaded")
+    assert "one process" in choose("deepspeed", processes=1)[1]["finetune.parallel"][1]
+    with pytest.raises(RecipeError, match="parallel: deepspeed does not go with optimizer: muon"):
+        choose("deepspeed", optimizer="muon", model=llama)
+    llama._keep_in_fp32_modules_strict = ["norm"]
+    with pytest.raises(RecipeError, match=r"parameters that stay in fp32 \(model.layers.0.input_layernorm.weight\)"):
+        choose("deepspeed", model=llama)
+    assert choose("deepspeed", precision="fp32", model=llama)[0] == (4, "DeepSpeed ZeRO-2")
+    del llama._keep_in_fp32_modules_strict
+    monkeypatch.setattr(llama, "scale", torch.nn.Parameter(torch.ones(())), raising=False)
+    with pytest.raises(RecipeError, match=r"parameters of a single number \(scale\)"):
+        choose("deepspeed", model=llama)
+
+
+def test_deepspeed_has_to_be_installed(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
+    with pytest.raises(RecipeError, match="parallel: deepspeed needs DeepSpeed") as error:
+        choose("deepspeed", model=llama)
+    assert error.value.hint == "pip install 'llmkit[deepspeed]'"
 
 
 def test_what_cannot_be_shared_so(llama: Any) -> None:
@@ -158,7 +185,7 @@ def test_a_run_with_adapters_in_two_processes(cli: Cli, tiny_llama: Path, chat_r
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", ["tensor", "context"])
+@pytest.mark.parametrize("way", ["tensor", "context", "deepspeed"])
 def test_a_run_whose_work_is_shared(cli: Cli, tiny_llama: Path, chat_rows: Path, tmp_path: Path, way: str) -> None:
     settings = ("data.eval=20%", "finetune.steps=4", "finetune.log_every=1", "finetune.precision=fp32")
     words = ["-m", tiny_llama, "-d", chat_rows, *(word for setting in settings for word in ("--set", setting))]
@@ -166,12 +193,29 @@ def test_a_run_whose_work_is_shared(cli: Cli, tiny_llama: Path, chat_rows: Path,
     both = in_two_processes("finetune", *words, "-o", tmp_path / "two", "--set", f"parallel={way}")
     assert done.code == 0, done.err
     facts = json.loads((tmp_path / "two" / "run.json").read_text())["stages"]["finetune"]["facts"]
-    assert (facts["processes"], facts["parallel"]) == (2, f"{way} 2")
+    assert (facts["processes"], facts["parallel"]) == (2, "DeepSpeed ZeRO-2" if way == "deepspeed" else f"{way} 2")
     metrics, expected = json.loads(both.out)["metrics"], done.json["metrics"]
     for name in ("loss", "eval_loss", "train_loss"):
         assert metrics[name] == pytest.approx(expected[name], abs=1e-5), name
     for name in ("steps", "train_tokens", "supervised_tokens"):
         assert metrics[name] == expected[name], "what is shared counts once"
+
+
+@pytest.mark.slow
+def test_a_mistake_that_two_processes_find_leaves_what_was_made(
+    cli: Cli, tiny_llama: Path, chat_rows: Path, tmp_path: Path
+) -> None:
+    run, own = tmp_path / "run", tmp_path / "own.py"
+    own.write_text("def fails(references, predictions):\n    raise ValueError('no')\n")
+    quick = ("--set", "evaluate.precision=fp32", "--set", "evaluate.generate=0")
+    assert cli("evaluate", tiny_llama, "-d", chat_rows, "-o", run, *quick).code == 0
+    recipe, results = ((run / name).read_text() for name in ("recipe.yaml", "evaluate/results.json"))
+    words = map(str, ("evaluate", run, "--set", f"evaluate.metrics=['{own}:fails']", "--set", "evaluate.generate=2"))
+    process = forked.start(forked_workers.command, *words, "--processes", "2", "--json")
+    assert process.wait() == 3, process.out + process.err
+    assert (run / "recipe.yaml").read_text() == recipe
+    assert (run / "evaluate" / "results.json").read_text() == results
+    assert "unchanged" in cli("evaluate", run).err
 
 
 @pytest.mark.slow

@@ -30,6 +30,8 @@ from llmkit.train.mesh import Mesh
 from llmkit.train.sharding import ShardedMasters
 from llmkit.train.state import TrainState, seed_everything
 from llmkit.train.step import StepResult
+from llmkit.train.when import logged_steps
+from llmkit.train.zero import Zero, ZeroMasters
 
 FAMILIES = ("llama", "gpt2", "mistral", "qwen2", "qwen3", "gemma2", "granite", "cohere")
 WORDS = 61
@@ -115,7 +117,9 @@ def make_fit(folder: Path, train: Corpus, held_out: Corpus | None = None, **give
         "accelerator": None,
         "model": None,
         "seed": 3,
-        "sharded": False,
+        "sharded": False,  # or "deepspeed"
+        "stage": 2,
+        "offload": False,
         "tensor": 1,
         "context": 1,
     }
@@ -131,7 +135,13 @@ def make_fit(folder: Path, train: Corpus, held_out: Corpus | None = None, **give
     objective = (own["task"] or tiny_task()).objective(
         model, Regularisation(training.label_smoothing, training.neftune_alpha)
     )
-    masters = ShardedMasters(model, own["precision"], mesh) if own["sharded"] else Masters(model, own["precision"])
+    if own["sharded"] == "deepspeed":
+        zero = Zero(mesh.number, mesh.count, stage=own["stage"], offload=own["offload"])
+        masters: Masters = ZeroMasters(model, own["precision"], zero, accelerator.device)
+    elif own["sharded"]:
+        masters = ShardedMasters(model, own["precision"], mesh)
+    else:
+        masters = Masters(model, own["precision"])
     if isinstance(masters, ShardedMasters) and mesh.context > 1:
         objective = objective.shared_with(masters.context())
     shape_computation(model, training)
@@ -272,7 +282,8 @@ def logged(fit: Fit) -> MetricsLogHook:
     """The metrics log that a stage would open for this Fit, next to its folder."""
     path = fit.folder.parent / f"{fit.folder.name}.jsonl"
     return MetricsLogHook(
-        MetricsLog(path, "finetune", step=fit.state.step, refused=fit.state.refused_steps), fit.training.log_every
+        MetricsLog(path, "finetune", step=fit.state.step, refused=fit.state.refused_steps),
+        logged_steps(fit.training.log_every, fit.total_steps),
     )
 
 

@@ -23,6 +23,8 @@ def train(folder: Path, name: str, place: str, given: dict[str, Any], cpu: Any) 
     for key, parameter in model.named_parameters():
         parameter.requires_grad_(given.get("frozen") is None or given["frozen"] not in key)
     given.pop("frozen", None)
+    model._keep_in_fp32_modules_strict = given.pop("kept_in_fp32", None)
+    spoil = given.pop("spoil", None)
     stop_after = given.pop("stop_after", None)
     corpora = (Corpus(folder / "train"), Corpus(folder / "eval"))
     said: list[str] = []
@@ -31,6 +33,8 @@ def train(folder: Path, name: str, place: str, given: dict[str, Any], cpu: Any) 
     recorder = Recorder()
     if stop_after is not None and cpu.process_index == cpu.num_processes - 1:  # the last process alone is signalled
         recorder.at[stop_after] = lambda: os.kill(os.getpid(), signal.SIGUSR1)
+    if spoil is not None and cpu.process_index == cpu.num_processes - 1:
+        recorder.at[spoil] = lambda: spoil_next(fit.masters)
     status = "done"
     try:
         fit.run([recorder])
@@ -52,6 +56,17 @@ def train(folder: Path, name: str, place: str, given: dict[str, Any], cpu: Any) 
     }
     (folder / f"{name}-{cpu.process_index}.json").write_text(json.dumps(found))
     cpu.wait_for_everyone()
+
+
+def spoil_next(masters: Any) -> None:
+    """Makes the gradients of the next micro-batch infinite."""
+    before = masters.backward
+
+    def backward(loss: torch.Tensor, *, last: bool) -> None:
+        masters.backward = before
+        before(loss * float("inf"), last=last)
+
+    masters.backward = backward
 
 
 def main(folder: Path, jobs: str) -> None:

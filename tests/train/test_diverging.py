@@ -49,7 +49,9 @@ def planted(fit: Fit, factors: dict[int, float]) -> Fit:
 def logged(fit: Fit) -> MetricsLogHook:
     """The log that a stage would open."""
     path = fit.folder.parent / f"{fit.folder.name}.jsonl"
-    return MetricsLogHook(MetricsLog(path, "finetune", step=fit.state.step, refused=fit.state.refused_steps), 1)
+    return MetricsLogHook(
+        MetricsLog(path, "finetune", step=fit.state.step, refused=fit.state.refused_steps), lambda step: True
+    )
 
 
 def rules(**given: Any) -> dict[str, Any]:

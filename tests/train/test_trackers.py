@@ -76,11 +76,11 @@ def test_tensorboard_has_steps_recipe_and_scores(cli: Cli, tiny_llama: Path, cha
 
 def test_a_training_that_is_resumed_goes_on_in_the_same_place(tmp_path: Path) -> None:
     first = tracking(tmp_path, "tensorboard").open({"seed": 1}, step=0)
-    hook = TrackersHook(first, 1, pytest.fail)
+    hook = TrackersHook(first, lambda step: True, pytest.fail)
     for step in (1, 2, 3):
         hook.after_step(TrainState(step=step), {"loss": float(step)})
     hook.close()
-    again = TrackersHook(tracking(tmp_path, "tensorboard").open({"seed": 1}, step=2), 1, pytest.fail)
+    again = TrackersHook(tracking(tmp_path, "tensorboard").open({"seed": 1}, step=2), lambda step: True, pytest.fail)
     again.after_step(TrainState(step=3), {"loss": 30.0})
     again.after_event(TrainState(step=3), "rolled back", "a spike")
     again.close()
@@ -121,7 +121,7 @@ class Listening(Failing):
 def test_a_tracker_that_fails_is_left_out_and_told_of_once() -> None:
     warnings: list[str] = []
     failing, listening = Failing(), Listening()
-    hook = TrackersHook([failing, listening], 1, warnings.append)
+    hook = TrackersHook([failing, listening], lambda step: True, warnings.append)
     for step in (1, 2, 3):
         hook.after_step(TrainState(step=step), {"loss": 1.0})
     hook.close()
@@ -166,10 +166,10 @@ def test_mlflow_keeps_one_run_for_training_and_scores(tmp_path: Path, monkeypatc
     mlflow = pytest.importorskip("mlflow")
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     mlflow.set_tracking_uri((tmp_path / "mlruns").as_uri())
-    hook = TrackersHook(tracking(tmp_path, "mlflow").open({"seed": 17}, step=0), 1, pytest.fail)
+    hook = TrackersHook(tracking(tmp_path, "mlflow").open({"seed": 17}, step=0), lambda step: True, pytest.fail)
     hook.after_step(TrainState(step=1), {"loss": 2.0})
     hook.close()
-    again = TrackersHook(tracking(tmp_path, "mlflow").open({"seed": 17}, step=1), 1, pytest.fail)
+    again = TrackersHook(tracking(tmp_path, "mlflow").open({"seed": 17}, step=1), lambda step: True, pytest.fail)
     again.after_step(TrainState(step=2), {"loss": 1.0})
     again.close()
     track_scores(tracking(tmp_path, "mlflow"), {"seed": 17}, {"model.accuracy": 0.9}, 2, pytest.fail)
@@ -183,7 +183,7 @@ def test_wandb_keeps_one_run_for_training_and_scores(tmp_path: Path, monkeypatch
     wandb = pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
-    hook = TrackersHook(tracking(tmp_path, "wandb").open({"seed": 17}, step=0), 1, pytest.fail)
+    hook = TrackersHook(tracking(tmp_path, "wandb").open({"seed": 17}, step=0), lambda step: True, pytest.fail)
     hook.after_step(TrainState(step=1), {"loss": 2.0})
     hook.close()
     track_scores(tracking(tmp_path, "wandb"), {"seed": 17}, {"model.accuracy": 0.9}, 2, pytest.fail)

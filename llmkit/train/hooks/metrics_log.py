@@ -1,7 +1,8 @@
-"""Writes every `log_every`-th step and every evaluation to metrics.jsonl."""
+"""Writes the steps that are to be logged, and every evaluation, to metrics.jsonl."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from llmkit.run.log import MetricsLog
@@ -12,13 +13,13 @@ from llmkit.train.state import TrainState
 class MetricsLogHook:
     """Appends to a MetricsLog."""
 
-    def __init__(self, log: MetricsLog, log_every: int) -> None:
+    def __init__(self, log: MetricsLog, is_logged: Callable[[int], bool]) -> None:
         self.log = log
-        self.log_every = log_every
+        self.is_logged = is_logged
 
     def after_step(self, state: TrainState, values: dict[str, Any]) -> None:
-        """Logs the first step and every `log_every`-th."""
-        if state.step == 1 or state.step % self.log_every == 0:
+        """Logs a step that is to be."""
+        if self.is_logged(state.step):
             own = {"seconds": round(state.seconds, 3), "peak_memory_bytes": peak_memory_bytes()}
             self.log.write(state.step, {"tokens": state.tokens} | values | own)
 

@@ -107,16 +107,16 @@ class Tracking:
 
 
 class TrackersHook:
-    """Logs every `log_every`-th step, every evaluation and every event; a tracker that fails is left out from then on."""
+    """Logs the steps that are to be logged, every evaluation and every event; a tracker that fails is left out from then on."""
 
-    def __init__(self, trackers: Sequence[Any], log_every: int, warn: Callable[[str], None]) -> None:
+    def __init__(self, trackers: Sequence[Any], is_logged: Callable[[int], bool], warn: Callable[[str], None]) -> None:
         self.trackers = list(trackers)
-        self.log_every = log_every
+        self.is_logged = is_logged
         self.warn = warn
 
     def after_step(self, state: TrainState, values: dict[str, Any]) -> None:
         """Logs under `train/`."""
-        if state.step == 1 or state.step % self.log_every == 0:
+        if self.is_logged(state.step):
             self.log({f"train/{name}": value for name, value in values.items()}, state.step)
 
     def after_evaluation(self, state: TrainState, values: dict[str, Any]) -> None:
@@ -166,7 +166,7 @@ def track_scores(
         *(tracking.folder, tracking.project, tracking.run, tracking.where),
     )
     try:
-        hook = TrackersHook(again.open(config, step=max(step, 1)), 1, warn)
+        hook = TrackersHook(again.open(config, step=max(step, 1)), lambda _: True, warn)
     except (RecipeError, ResourceError) as error:
         warn(f"the scores were not sent to trackers: {error.what}" + (f" ({error.got})" if error.got else ""))
         return
