@@ -22,13 +22,8 @@ def fast_forward(model: Any, *, packed: bool, outline: bool = False) -> Iterator
     With `outline`, a model on the meta device takes the memory of a GPU's attention, for a forecast.
     """
     on_cpu = model.device.type in ("cpu", "meta") and not outline
-    choices = [
-        fused_norm,
-        *([fast_dropout] if on_cpu else []),
-        *(
-            [fast_embedding] if model.device.type == "cpu" and not _has(model, "_hp_mapping") else []
-        ),  # DeepSpeed's mark
-    ]
+    takes_sparse = model.device.type == "cpu" and not _has(model, "_hp_mapping")  # those that DeepSpeed marks do not
+    choices = [fused_norm, *([fast_dropout] if on_cpu else []), *([fast_embedding] if takes_sparse else [])]
     if _has(model, "device_mesh"):
         choices = []  # parameters that are spread over processes belong to their modules
 

@@ -25,18 +25,7 @@ from llmkit.model.precision import default_device
 from llmkit.model.sending import send_from_first
 from llmkit.model.tensor_parallel import TensorPlan, cut_products, parameters_in, tensor_plan
 from llmkit.train.mesh import Mesh
-from llmkit.train.spread import SpreadMasters, chunk_of
-
-
-class _Computation(nn.Module):
-    """Computes anything with a model, whose parameters are whole meanwhile."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        return function(self.model, *arguments)
+from llmkit.train.spread import Computation, SpreadMasters, chunk_of
 
 
 class ShardedMasters(SpreadMasters):
@@ -54,7 +43,7 @@ class ShardedMasters(SpreadMasters):
         self._cut = plan.dimensions(model)
         self._in_blocks = parameters_in(model, blocks_of(model)) if self.mesh.tensor > 1 else frozenset()
         self._alone = sorted(parameters_in(model, map(model.get_submodule, plan.alone)))
-        self.model, self._computation = model, _Computation(model)
+        self.model, self._computation = model, Computation(model)
         self._everybody, self._grid = _spread(self._computation, plan, precision, mesh, device)
         self._all: dict[str, Any] = dict(model.named_parameters())
         self._own = {name: p for name, p in self._all.items() if p.requires_grad}
@@ -163,7 +152,7 @@ class ShardedMasters(SpreadMasters):
 
 
 def _spread(
-    computation: _Computation, plan: TensorPlan, precision: str, mesh: Mesh, device: torch.device | None
+    computation: Computation, plan: TensorPlan, precision: str, mesh: Mesh, device: torch.device | None
 ) -> tuple[Any, Any]:
     """Leaves each process its part of the parameters; gives the device mesh of all, and that of `data` and `tensor`."""
     from torch.distributed.device_mesh import init_device_mesh

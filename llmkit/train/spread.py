@@ -7,16 +7,29 @@ processes goes on from it, and in any way.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
 import torch
+from torch import nn
 
 from llmkit.run.checkpoint import Writers
 from llmkit.train.masters import Masters, square_of
 from llmkit.train.mesh import Mesh
 
 ELEMENTWISE = frozenset({"adamw", "sgd", "lion", "rmsprop", "adagrad"})  # optimizers that treat each number by itself
+
+
+class Computation(nn.Module):
+    """Computes anything with a model; the root of what is spread, as hooks of modules want one."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        return function(self.model, *arguments)
 
 
 class SpreadMasters(Masters, ABC):

@@ -27,7 +27,7 @@ from llmkit.model.precision import compute_in, kept_in_fp32
 from llmkit.model.sending import send_from_first
 from llmkit.train.masters import Updated, loses_bits
 from llmkit.train.mesh import Mesh
-from llmkit.train.spread import SpreadMasters
+from llmkit.train.spread import Computation, SpreadMasters
 
 _MOST_IN_BUCKET = 50_000_000  # numbers; DeepSpeed's own are ten times as many, whatever the size of a model
 _FAILURES = (ImportError, OSError, RuntimeError, ValueError, AssertionError)  # of DeepSpeed that does not come up
@@ -187,17 +187,6 @@ class _Step(torch.optim.Optimizer):
         self.work()
 
 
-class _Computation(nn.Module):
-    """Computes anything with a model."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        return function(self.model, *arguments)
-
-
 def bucket_numbers(trained: int) -> int:
     """How many gradients DeepSpeed sums at once, of so many."""
     return max(1, min(trained, _MOST_IN_BUCKET))
@@ -243,7 +232,7 @@ def _engine(model: nn.Module, step: torch.optim.Optimizer, precision: str, zero:
         settings["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": on_gpu}
     try:
         with redirect_stdout(io.StringIO()):
-            engine, *_ = deepspeed.initialize(model=_Computation(model), optimizer=step, config=settings)
+            engine, *_ = deepspeed.initialize(model=Computation(model), optimizer=step, config=settings)
     except _FAILURES as error:
         raise ResourceError(
             "DeepSpeed could not be started", got=str(error), hint="set parallel: fsdp", where="parallel"
