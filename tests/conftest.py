@@ -91,7 +91,7 @@ class Smollm2:
 def smollm2(cache: Path) -> Smollm2:
     """In the cache, where whatever asks for it by its URI finds it."""
     from filelock import FileLock
-    from forked import start
+    from forked import locate_without_deepspeed, start
 
     from llmkit.model.location import locate
 
@@ -99,7 +99,7 @@ def smollm2(cache: Path) -> Smollm2:
     cache.mkdir(parents=True, exist_ok=True)
     with FileLock(cache / "smollm2.lock"):
         if not record.exists():
-            process = start(locate, SMOLLM2, env={"XDG_CACHE_HOME": str(cache)})
+            process = start(locate_without_deepspeed, SMOLLM2, env={"XDG_CACHE_HOME": str(cache)})
             assert process.wait() == 0, process.err
             record.write_text(process.out + process.err, encoding="utf-8")
     return Smollm2(locate(SMOLLM2), record.read_text(encoding="utf-8"))

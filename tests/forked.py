@@ -7,6 +7,7 @@ system's own answers to signals and its output in files, and does with its envir
 from __future__ import annotations
 
 import atexit
+import logging
 import multiprocessing
 import os
 import signal
@@ -144,6 +145,14 @@ def wait_until(true: Callable[[], bool], *processes: Forked) -> None:
             assert process.poll() is None, f"it ended with {process.returncode}: {process.err[-3000:]}"
         assert time.monotonic() < deadline, [process.err[-3000:] for process in processes]
         time.sleep(0.02)
+
+
+def locate_without_deepspeed(uri: str) -> None:
+    """Brings a model to the cache, without what DeepSpeed says of the machine once Transformers has imported it."""
+    from llmkit.model.location import locate
+
+    logging.getLogger("DeepSpeed").addFilter(lambda record: False)
+    locate(uri)
 
 
 def command(*words: str) -> None:

@@ -162,6 +162,7 @@ def quieten_libraries(*, verbose: bool) -> None:
     import logging
     import warnings
 
+    logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)  # it sets its level itself
     from transformers.utils import logging as transformers_logging
 
     warnings.simplefilter("ignore")
