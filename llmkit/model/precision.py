@@ -34,6 +34,13 @@ def choose_precision(wanted: str, device: torch.device) -> tuple[str, str | None
     return wanted, None
 
 
+def slow_precision(precision: str, device: torch.device) -> str | None:
+    """What to warn of where a device computes in `precision` without units for it, or None."""
+    if precision != "bf16" or _fast_bf16(device) is not None:
+        return None
+    return f"this {device.type} has no units for bf16, which is emulated: precision: fp32 is many times faster here"
+
+
 def compute_in(model: torch.nn.Module, precision: str) -> dict[str, torch.Tensor]:
     """Casts a model's fp32 parameters to bf16 where that is the precision; gives the fp32 originals by name.
 

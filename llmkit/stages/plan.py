@@ -36,6 +36,7 @@ from llmkit.train.memory import peak_memory_bytes
 
 # What a training reaches of the rate of a large matrix product, seen on the shipped recipes; --measure does not guess.
 _EFFICIENCY = {"cpu": 0.25, "cuda": 0.4}
+_LONG_ENOUGH = 0.05  # seconds that a product has to take, for its rate to be believed
 _MEASURED_STEPS = 4
 
 
@@ -254,9 +255,13 @@ def _steps(fit: Any, chosen: list[int]) -> Iterator[tuple[float, int]]:
 def matrix_rate(device: torch.device, precision: str) -> float:
     """The floating-point operations a second of a large matrix product, measured now."""
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
-    size = 8192 if device.type == "cuda" else 2048
-    a = torch.ones(size, size, dtype=dtype, device=device)
-    return 2 * size**3 / min(_timed(lambda: a @ a, device) for _ in range(4))
+    size, most = 256, 8192 if device.type == "cuda" else 2048
+    while True:
+        a = torch.ones(size, size, dtype=dtype, device=device)
+        seconds = min(_timed(lambda a=a: a @ a, device) for _ in range(4))  # type: ignore[misc]
+        if size == most or seconds > _LONG_ENOUGH:  # a CPU without bf16 takes a minute for the largest
+            return 2 * size**3 / seconds
+        size *= 2
 
 
 def _timed(work: Callable[[], Any], device: torch.device) -> float:

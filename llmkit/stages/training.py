@@ -18,7 +18,7 @@ from llmkit.model.context import Context
 from llmkit.model.folder import weights_digest
 from llmkit.model.groups import RateRule, Rates, parameter_groups
 from llmkit.model.objective import Objective
-from llmkit.model.precision import choose_precision
+from llmkit.model.precision import choose_precision, slow_precision
 from llmkit.model.sending import send_from_first
 from llmkit.optim import build_optimizer, build_schedule
 from llmkit.recipe.training import Training
@@ -96,6 +96,8 @@ def make_fit(job: TrainingJob, accelerator: Any) -> Fit:
     precision, why = choose_precision(training.precision, device)
     if why:
         run.guess(f"{job.stage}.precision", precision, why)
+    if slow := slow_precision(precision, device):
+        run.reporter.warn(f"{job.stage}: {slow}")
     sizing, mesh = _sizing(job, precision, accelerator)
     if device.type == "cpu":
         keep_freed_memory(sizing.memory.total)

@@ -66,7 +66,8 @@ def test_seventy_billion_parameters_from_a_config_alone(cli: Cli, tmp_path: Path
     (tmp_path / "big").mkdir()
     (tmp_path / "big" / "config.json").write_text(json.dumps(LLAMA_70B))
     started = time.monotonic()
-    flags = ("--set", "freeze.blocks=0-69", "--set", "freeze.embeddings=true", "--set", "data.max_length=4096")
+    settings = ("freeze.blocks=0-69", "freeze.embeddings=true", "data.max_length=4096", "finetune.precision=bf16")
+    flags = [word for setting in settings for word in ("--set", setting)]
     outcome = cli("plan", "--model", tmp_path / "big", "-o", tmp_path / "run", *flags, "--json")
     assert outcome.code == 0, outcome.err
     plan = outcome.json["metrics"]["finetune"]
