@@ -13,14 +13,15 @@ from typing import Any
 
 import forked
 
+from llmkit.cli import worker
 from llmkit.launch import local
 
 
 class Worker:
-    """In place of subprocess.Popen: `python -m llmkit ...`, forked from a command that has imported it already."""
+    """In place of subprocess.Popen: a worker's `python -m ...`, forked from a command that has imported it already."""
 
     def __init__(self, words: list[str], *, env: dict[str, str], stdout: Any, stderr: Any, **rest: Any) -> None:
-        assert words[:3] == [sys.executable, "-m", "llmkit"]
+        assert words[:3] == [sys.executable, "-m", "llmkit.cli.worker"]
         assert rest == {"stdin": subprocess.DEVNULL, "start_new_session": True}
         self.returncode: int | None = None
         self.pid = os.fork()
@@ -34,7 +35,7 @@ class Worker:
                 with suppress(OSError):
                     if number > 2 and not os.get_inheritable(number):
                         os.close(number)
-            forked.as_if_started(forked.command, words[3:], env)
+            forked.as_if_started(_work, words[3:], env)
 
     def poll(self) -> int | None:
         if self.returncode is None:
@@ -53,6 +54,11 @@ class Worker:
 
     def kill(self) -> None:
         self.send_signal(signal.SIGKILL)
+
+
+def _work(*words: str) -> None:
+    sys.argv = ["llmkit", *words]
+    worker.main()
 
 
 def command(*words: str) -> None:

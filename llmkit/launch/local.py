@@ -1,7 +1,7 @@
 """One stage in several processes of this machine, one for each GPU: started, watched, and ended together.
 
 Each process finds the others as under torchrun, by RANK, WORLD_SIZE and MASTER_ADDR, and leaves its error in the file that
-TORCHELASTIC_ERROR_FILE names, as PyTorch's own launcher has it.
+TORCHELASTIC_ERROR_FILE names, as PyTorch's own launcher has it. When this one is killed, they save and stop by themselves.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class _Rank:
 
 @dataclass
 class Launcher:
-    """Runs `python -m llmkit ARGUMENTS` in so many processes. The first one's progress is shown, the others' kept back.
+    """Runs `llmkit ARGUMENTS` in so many processes. The first one's progress is shown, the others' kept back.
 
     Each process touches `beats/.beat-RANK` with every step; when none does for `hang_after`, all are ended.
     """
@@ -107,7 +107,7 @@ class Launcher:
         threads = str(max(1, (os.cpu_count() or 1) // self.processes))
         with (output or Path(os.devnull)).open("wb") as out:
             process = subprocess.Popen(
-                [sys.executable, "-m", "llmkit", *arguments],
+                [sys.executable, "-m", "llmkit.cli.worker", str(os.getpid()), *arguments],
                 env={"OMP_NUM_THREADS": threads} | os.environ | own,
                 stdin=subprocess.DEVNULL,
                 stdout=out,

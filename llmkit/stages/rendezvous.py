@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import secrets
 import socket
 import threading
 import time
@@ -15,6 +16,8 @@ from typing import Any
 import psutil
 
 from llmkit.errors import ResourceError
+
+_LOOK = 0.1  # seconds between looks into the store
 
 
 def connect(within: float, recipe: Mapping[str, Any], folder: Path | None) -> tuple[list[Any], Any, Any]:
@@ -31,7 +34,7 @@ def connect(within: float, recipe: Mapping[str, Any], folder: Path | None) -> tu
     limit = timedelta(seconds=within)
     rank, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     address = _first_process(time.monotonic() + within, rank)
-    store = _store(address, within)
+    store = _own_part(_store(address, within), rank, count, within)
     _choose_interface(address)
     found = compare_all(store, rank, count, recipe, folder, limit)
     # Accelerate brings several processes up on CPUs only when it is told that there is nothing else.
@@ -107,6 +110,32 @@ def _store(address: tuple[str, int], within: float) -> Any:
             hint=f"look at the logs of the others: do they run, and do they reach {shown}?",
         ) from found[0]
     raise _no_answer(f"{shown}: {words}", within) from found[0]
+
+
+def _own_part(store: Any, rank: int, count: int, within: float) -> Any:
+    """A part of the store that only this start of the processes knows: torchrun keeps its store when it starts them again.
+
+    What the first process names may lie there from before; it is meant once it has answered with what was sent to it now.
+    """
+    from torch import distributed
+
+    own = secrets.token_hex(8)
+    if rank == 0:
+        store.set("llmkit/part", own)
+        for other in range(1, count):
+            store.set(f"llmkit/{own}/answer-{other}", store.get(f"llmkit/{own}/{other}"))
+        return distributed.PrefixStore(f"llmkit/{own}", store)
+    sent_to, until = "", time.monotonic() + within
+    while time.monotonic() < until:
+        part = store.get("llmkit/part").decode()
+        if part != sent_to:
+            store.set(f"llmkit/{part}/{rank}", own)
+            sent_to = part
+        answer = f"llmkit/{part}/answer-{rank}"
+        if store.check([answer]) and store.get(answer).decode() == own:
+            return distributed.PrefixStore(f"llmkit/{part}", store)
+        time.sleep(_LOOK)
+    raise _no_answer("nothing in the store that is of this start", within)
 
 
 def _no_answer(got: str, seconds: float) -> ResourceError:

@@ -7,7 +7,9 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
@@ -15,6 +17,7 @@ import forked
 import forked_workers
 import psutil
 import pytest
+from torch.distributed import HashStore, Store
 
 from llmkit.errors import ResourceError
 from llmkit.files import digest_file
@@ -22,6 +25,7 @@ from llmkit.launch.local import processes_for
 from llmkit.recipe.load import load_recipe
 from llmkit.recipe.schema import Recipe
 from llmkit.run.log import read_metrics
+from llmkit.stages.rendezvous import _own_part
 
 RECIPE = """
 name: several
@@ -174,6 +178,57 @@ def test_a_process_that_is_killed_is_named_and_all_end(
     assert code == 5
     assert f"process {rank} of 2 died" in said
     assert "SIGKILL" in said
+
+
+@pytest.mark.slow
+def test_when_the_command_is_killed_its_processes_save_and_stop(
+    tmp_path: Path, recipe: Callable[[int], Path], undisturbed: Path
+) -> None:
+    path = recipe(60)
+    running = Running(command(path, tmp_path / "run", "--processes", "2"), tmp_path / "run")
+    running.process.kill()
+    running.process.wait()
+    _, alive = psutil.wait_procs(running.workers, timeout=forked.LONG)
+    assert not alive
+    assert list((tmp_path / "run" / "pretrain" / "checkpoints").glob("step-*"))
+    last = finish(command(path, tmp_path / "run", "--processes", "2"))
+    assert last.returncode == 0, last.err
+    assert "going on after step" in last.err
+    model = "pretrain/model/model.safetensors"
+    assert digest_file(tmp_path / "run" / model) == digest_file(undisturbed / model)
+
+
+@pytest.mark.slow
+def test_torchrun_starts_the_processes_again_and_they_go_on(
+    tmp_path: Path, recipe: Callable[[int], Path], undisturbed: Path
+) -> None:
+    words = command(recipe(60), tmp_path / "run")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--max-restarts=1"]
+    with (tmp_path / "said").open("w+") as said:
+        elastic = subprocess.Popen([*torchrun, "-m", "llmkit", *words], stdout=said, stderr=said, env=ENVIRONMENT)
+        while not list((tmp_path / "run" / "pretrain" / "checkpoints").glob("step-*")):
+            assert elastic.poll() is None
+            time.sleep(0.02)
+        psutil.Process(elastic.pid).children()[1].kill()
+        assert elastic.wait(forked.LONG) == 0, (tmp_path / "said").read_text()
+    assert "going on after step" in (tmp_path / "said").read_text()
+    model = "pretrain/model/model.safetensors"
+    assert digest_file(tmp_path / "run" / model) == digest_file(undisturbed / model)
+
+
+def test_a_second_start_knows_nothing_of_the_first_that_its_launcher_s_store_keeps() -> None:
+    store = HashStore()
+
+    def start() -> list[Store]:
+        with ThreadPoolExecutor(3) as pool:
+            parts = [pool.submit(_own_part, store, rank, 3, 60.0) for rank in (2, 1, 0)]
+            return [part.result() for part in parts]
+
+    for _ in range(5):
+        parts = start()
+        assert not any(part.check(["said"]) for part in parts)
+        parts[0].set("said", "once")
+        assert [part.get("said") for part in parts] == [b"once"] * 3
 
 
 @pytest.mark.slow
