@@ -22,12 +22,13 @@ from types import FrameType
 
 import psutil
 
-from llmkit.errors import KINDS, LlmkitError, ResourceError
+from llmkit.errors import KINDS, InterruptedByUserError, LlmkitError, ResourceError, StoppedError
 from llmkit.recipe.schema import Recipe
 from llmkit.recipe.values import seconds_of
 
 _GRACE = 15.0  # seconds that the others have once one has failed: they wait for it in vain
 _LOOK = 0.1  # seconds between looks
+_STOPPED = (StoppedError.exit_code, InterruptedByUserError.exit_code)
 _PASSED_ON = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 _BEATS = ".beat-*"
 
@@ -119,7 +120,7 @@ class Launcher:
     def _watch(self, ranks: list[_Rank]) -> None:
         """Waits until all have ended; once one has failed or none gets on, the others are ended soon."""
         failed_at = None
-        while any(rank.process.poll() is None for rank in ranks):
+        while None in [rank.process.poll() for rank in ranks]:  # all of them: each tells its end only when asked
             if failed_at is None and any(rank.process.returncode for rank in ranks):
                 failed_at = time.monotonic()
             if failed_at is not None and time.monotonic() - failed_at > _GRACE:
@@ -150,8 +151,8 @@ class Launcher:
         told = [rank for rank in failed if rank.told_at is not None]
         died = [rank for rank in failed if rank.told_at is None and not rank.killed]
         if told and not died:
-            stopped = all(rank.process.returncode in (75, 130) for rank in failed)
-            return _read_error(told[0] if stopped else min(told, key=lambda rank: rank.told_at or 0.0))
+            worse = [rank for rank in told if rank.process.returncode not in _STOPPED]
+            return _read_error(min(worse, key=lambda rank: rank.told_at or 0.0) if worse else told[0])
         first = (died or failed)[0]
         code = first.process.returncode or 0
         name = signal.Signals(-code).name if code < 0 else f"exit code {code}"

@@ -229,13 +229,15 @@ class Checkpoints:
         check: Callable[[Checkpoint], None] = lambda found: None,
         *,
         anchors: bool = False,
+        sets_aside: bool = True,
     ) -> Checkpoint | None:
         """The newest checkpoint whose checksums hold and that passes `check`, or None; of anchors only, if wanted.
 
         One that is damaged, of other inputs, or refused with ArtifactError is set aside and named to `warn`, and the one
-        before it is taken.
+        before it is taken; without `sets_aside` the error is raised: another process has found it whole.
         """
-        self._put_back()
+        if sets_aside:
+            self._put_back()
         for path in published(self.folder):
             if anchors and not self.is_anchor(step_of(path)):
                 continue
@@ -243,6 +245,8 @@ class Checkpoints:
                 found = self._read(path)
                 check(found)
             except ArtifactError as error:
+                if not sets_aside:
+                    raise
                 aside = path.with_name(f"unused-{path.name}")
                 why = ": ".join(text for text in (error.what, error.got) if text)
                 warn(f"checkpoint {path} is not used ({why}); it was moved to {aside.name}")

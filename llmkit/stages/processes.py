@@ -21,6 +21,12 @@ from llmkit.recipe.values import seconds_of
 from llmkit.run.directory import Run
 from llmkit.stages.rendezvous import connect, in_short
 
+_OTHER_WAYS = {  # that a configuration of `accelerate launch` names in the environment
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "the parallelism",
+}
 _BEAT = 0.1  # seconds between signs of life
 _LAUNCHER_FIRST = timedelta(seconds=5)  # one that watches finds a hang before a collective does, and knows more of it
 _OTHERS_WORDS = re.compile(
@@ -40,6 +46,7 @@ class Processes:
         """Raises ResourceError when they do not find each other in time, or cannot train together."""
         self.count, self.number = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
         self.lead = self.number == 0
+        _refuse_other_ways(run)
         if self.count == 1:
             return
         from torch.distributed.distributed_c10d import _set_pg_timeout  # there is no other way to set it later
@@ -103,6 +110,15 @@ class Processes:
     def _reload(self, run: Run) -> None:
         if not self.lead:
             run.reload()
+
+
+def _refuse_other_ways(run: Run) -> None:
+    """Takes back what `accelerate launch` says of sharing a training, which it would do its own way, and warns."""
+    for name, way in _OTHER_WAYS.items():
+        if os.environ.pop(name, "").lower() in ("1", "true", "yes"):
+            run.reporter.warn(
+                f"{way} of `accelerate launch` is left out: `parallel` says how processes share a training"
+            )
 
 
 class _Pulse:

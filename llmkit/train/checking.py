@@ -19,6 +19,7 @@ from llmkit.errors import ArtifactError
 from llmkit.run.checkpoint import Checkpoint
 from llmkit.train.state import TrainState, as_bytes
 
+OUTER = "outer/"  # before the names of weights: the outer optimizer's momentum
 _SHAPED = {  # what optimizers remember of each number of a parameter
     "exp_avg",
     "exp_avg_sq",
@@ -41,7 +42,9 @@ def check_checkpoint(found: Checkpoint, present: Checkpoint, *, same_inputs: boo
         _check_scaler(found.state.get("scaler"), present.state["scaler"])
         _check_groups(found.optimizer_values, present.optimizer_values, same_inputs=same_inputs)
         if same_inputs:
-            _check_tensors("a weight", found.weights, present.weights)
+            both = has_outer(found) and has_outer(present)  # one process alone has no outer optimizer
+            weights = [each.weights if both else _without_outer(each) for each in (found, present)]
+            _check_tensors("a weight", *weights)
             _check_best(found, present)
         _check_moments(found)
     except ArtifactError:
@@ -50,6 +53,15 @@ def check_checkpoint(found: Checkpoint, present: Checkpoint, *, same_inputs: boo
         raise ArtifactError(
             "its contents are not those of a checkpoint", got=f"{type(error).__name__}: {error}"
         ) from None
+
+
+def has_outer(checkpoint: Checkpoint) -> bool:
+    """True when it has the momentum of the outer optimizer of local steps."""
+    return any(name.startswith(OUTER) for name in checkpoint.weights)
+
+
+def _without_outer(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
+    return {name: checkpoint.weights[name] for name in checkpoint.weights if not name.startswith(OUTER)}
 
 
 def _check_state(found: Checkpoint) -> None:

@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from llmkit.errors import ResourceError
+from llmkit.errors import ArtifactError, ResourceError
 from llmkit.files import link_file
 from llmkit.optim.state import optimizer_from_parts, optimizer_to_parts
 from llmkit.run.checkpoint import (
@@ -22,13 +22,13 @@ from llmkit.run.checkpoint import (
     published,
     step_of,
 )
-from llmkit.train.checking import check_checkpoint
+from llmkit.train.checking import OUTER, check_checkpoint, has_outer
 from llmkit.train.local import Meetings
 from llmkit.train.masters import Average, Masters
 from llmkit.train.state import TrainState, random_state, restore_random_state
 from llmkit.train.taking_over import fitting_parts
 
-_AVERAGE, _OUTER = "average/", "outer/"  # before the names of weights in a checkpoint: what belongs to them
+_AVERAGE = "average/"  # before the names of weights in a checkpoint: what belongs to them
 _FAILURES = 3  # in a row, after which a training ends
 _WRITING = (OSError, SafetensorError)  # what a disk can do to a checkpoint
 
@@ -139,16 +139,21 @@ class Keeper:
     def restore(self, warn: Callable[[str], None], *, anchors: bool = False) -> TrainState | None:
         """Goes back to the newest checkpoint, or anchor, for the same inputs; None when there is none.
 
-        One for other inputs that the run accepts (`--resume-anyway`) gives what fits; `warn` is told what that is.
+        One for other inputs that the run accepts (`--resume-anyway`) gives what fits; `warn` is told what that is. Raises
+        ArtifactError when not all processes find the same.
         """
+        leads = bool(self.accelerator.is_main_process)
         with self.accelerator.main_process_first():  # which sets damaged ones aside
-            found = self.checkpoints.newest(warn, self._check, anchors=anchors)
+            found = self.checkpoints.newest(warn, self._check, anchors=anchors, sets_aside=leads)
+        self._require_same(found)
         if found is None:
             return None
         if found.fingerprint != self.checkpoints.fingerprint:
             found = fitting_parts(found, self._present(), warn)
         self.masters.load(found.weights)
         for prefix, companion in self._companions():
+            if prefix == OUTER and companion.outlines() and not has_outer(found):
+                warn("the outer optimizer's momentum begins anew: the checkpoint is of a training in one process")
             companion.load(found.weights, prefix)
         if found.best_weights is not None and self.accelerator.is_main_process:
             link_file(found.best_weights, self.best_file)
@@ -165,6 +170,20 @@ class Keeper:
         state = TrainState(**found.state["state"])
         self.saved_step = state.step
         return state
+
+    def _require_same(self, found: Checkpoint | None) -> None:
+        """Raises ArtifactError when another process goes on from another step, or from none."""
+        from accelerate.utils import gather_object
+
+        steps = gather_object([None if found is None else found.step])
+        if len(set(steps)) > 1:
+            said = ", ".join(f"process {n}: {'none' if step is None else step}" for n, step in enumerate(steps))
+            raise ArtifactError(
+                "the processes do not find the same checkpoint",
+                got=said[:500],
+                hint="the folder has to be the same for all hosts; the same command tries again",
+                where=self.checkpoints.folder,
+            )
 
     def keep_best(self) -> None:
         """Writes the weights as they are as the best so far."""
@@ -223,7 +242,7 @@ class Keeper:
 
     def _companions(self) -> list[tuple[str, Average | Meetings]]:
         """What goes with the weights, shaped as they are."""
-        pairs = ((_AVERAGE, self.average), (_OUTER, self.meetings))
+        pairs = ((_AVERAGE, self.average), (OUTER, self.meetings))
         return [(prefix, companion) for prefix, companion in pairs if companion is not None]
 
     def _about(self, state: TrainState, random: list[Any]) -> dict[str, Any]:

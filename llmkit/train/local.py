@@ -66,8 +66,8 @@ class Meetings:
         is to stay.
         """
         for name in self.outlines():
-            value = tensors[prefix + name]
-            if not value.is_meta:
+            value = tensors.get(prefix + name)  # one process alone has kept none
+            if value is not None and not value.is_meta:
                 self._velocity[name].copy_(value)
         self.begin()
 

@@ -19,7 +19,7 @@ import torch
 from llmkit.data.batches import BatchOrder
 from llmkit.data.corpus import Corpus, Example
 from llmkit.data.states import CorpusWithStates
-from llmkit.errors import DataError, DivergedError
+from llmkit.errors import DataError, DivergedError, ResourceError
 from llmkit.model.objective import Objective
 from llmkit.model.prefix import frozen_prefix, train_but_still
 from llmkit.optim.schedules import Progress
@@ -214,8 +214,21 @@ class Fit:
         """Saves, and raises why training stops."""
         if any(self.stepper.sum_over_processes([int(self.keeper.gave_up)])):  # which not all need to know
             raise self.keeper.error()
-        self._save(hooks, at_once=True)
+        self._save_together(hooks)
         raise request.error(self.state.step, in_time=self.times.must_stop())
+
+    def _save_together(self, hooks: Sequence[Hook]) -> None:
+        """Saves at once. No process goes on before that is done, or says that it was where it failed in another one.
+
+        Raises ResourceError.
+        """
+        error = None
+        try:
+            self._save(hooks, at_once=True)
+        except ResourceError as failure:
+            error = failure
+        if any(self.stepper.sum_over_processes([int(error is not None)])):
+            raise error or self.keeper.error(OSError("another process could not write it"))
 
     def _tell_of_stop(self, name: str) -> None:
         self.note(
@@ -334,7 +347,7 @@ class Fit:
         """Saves what there was before a step, writes its examples out, and raises DivergedError."""
         tell(hooks, self.state, "diverged", why)
         if self.state.step != self.keeper.saved_step and self.meetings is None:  # apart, there is no one state
-            self._save(hooks, at_once=True)
+            self._save_together(hooks)
         step = self.state.step + 1
         file = self.folder / "diverged" / f"step-{step:08d}.json"
         lead = self.accelerator.is_main_process
@@ -344,6 +357,7 @@ class Fit:
             losses = losses_of(examples, self.masters, self.objective, self.precision)
         if lead:
             write_out(file, about, examples, losses, self.describe)
+        self.accelerator.wait_for_everyone()  # a launcher ends those that are left when one has failed
         raise diverged(f"{why}, in step {step}", file)
 
     def _evaluate(self, hooks: Sequence[Hook]) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import forked
 import forked_workers
@@ -21,7 +22,7 @@ from torch.distributed import HashStore, Store
 
 from llmkit.errors import ResourceError
 from llmkit.files import digest_file
-from llmkit.launch.local import processes_for
+from llmkit.launch.local import Launcher, _Rank, processes_for
 from llmkit.recipe.load import load_recipe
 from llmkit.recipe.schema import Recipe
 from llmkit.run.log import read_metrics
@@ -180,18 +181,35 @@ def test_a_process_that_is_killed_is_named_and_all_end(
     assert "SIGKILL" in said
 
 
+def test_a_process_that_dies_ends_those_that_wait_for_it_in_vain(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    programs = ["import time; time.sleep(600)", "import sys; sys.exit(9)"]
+
+    def start(self: Launcher, number: int, port: int, arguments: Sequence[str], folder: Path) -> Any:
+        process = subprocess.Popen([sys.executable, "-c", programs[number]])
+        return _Rank(number, process, folder / f"error-{number}.json", None)
+
+    monkeypatch.setattr(Launcher, "_start", start)
+    monkeypatch.setattr("llmkit.launch.local._GRACE", 0.2)
+    with pytest.raises(ResourceError, match="process 1 of 2 died") as error:
+        Launcher(2, "30min", tmp_path).run([])
+    assert error.value.got == "exit code 9"
+
+
 @pytest.mark.slow
 def test_when_the_command_is_killed_its_processes_save_and_stop(
     tmp_path: Path, recipe: Callable[[int], Path], undisturbed: Path
 ) -> None:
     path = recipe(60)
-    running = Running(command(path, tmp_path / "run", "--processes", "2"), tmp_path / "run")
+    never = ("--set", "pretrain.save_every=1000")  # but when it is asked to stop
+    running = Running(command(path, tmp_path / "run", "--processes", "2", *never), tmp_path / "run")
     running.process.kill()
     running.process.wait()
     _, alive = psutil.wait_procs(running.workers, timeout=forked.LONG)
     assert not alive
     assert list((tmp_path / "run" / "pretrain" / "checkpoints").glob("step-*"))
-    last = finish(command(path, tmp_path / "run", "--processes", "2"))
+    last = finish(command(path, tmp_path / "run", "--processes", "2", *never))
     assert last.returncode == 0, last.err
     assert "going on after step" in last.err
     model = "pretrain/model/model.safetensors"

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from llmkit.errors import ArtifactError
 from llmkit.files import link_file
 from llmkit.optim.state import optimizer_from_parts, optimizer_to_parts
 from llmkit.run import checkpoint as module
@@ -124,6 +125,14 @@ def test_a_damaged_one_is_set_aside_and_named_and_the_one_before_is_used(tmp_pat
     write(folder, 2)
     DAMAGE["no manifest"](folder / "step-00000002")
     assert step_of(read(folder)[0]) == 1, "the same step may be damaged twice"
+
+
+def test_who_may_not_set_aside_leaves_what_it_cannot_read(tmp_path: Path) -> None:
+    write(tmp_path, 1, 2)
+    DAMAGE["no manifest"](tmp_path / "step-00000002")
+    with pytest.raises(ArtifactError, match="no manifest"):
+        Checkpoints(tmp_path, "f").newest(lambda text: None, sets_aside=False)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000001", "step-00000002"]
 
 
 def test_any_changed_byte_of_the_manifest_is_noticed_or_changes_nothing(tmp_path: Path) -> None:

@@ -35,6 +35,24 @@ def test_two_processes_resume_to_the_same_bits(corpora: Path, more: dict[str, An
         assert all(torch.equal(value, resumed[key]) for key, value in whole.items())
 
 
+def test_a_last_save_that_fails_in_one_process_is_no_stop_that_saved_in_another(corpora: Path) -> None:
+    found = launch(corpora / "full-disk", 2, CASE | {"stop_after": 5, "full_disk": True})
+    assert [own["status"] for own in found] == ["ResourceError"] * 2
+    assert all("a checkpoint could not be written; there is none" in own["said"] for own in found)
+
+
+@pytest.mark.parametrize("processes", [(1, 2), (2, 1)])
+def test_local_steps_with_an_outer_optimizer_go_on_in_another_number(corpora: Path, processes: tuple[int, int]) -> None:
+    outer = {"every": 3, "outer_lr": 0.7, "outer_momentum": 0.5}
+    name = "outer-" + "-".join(map(str, processes))
+    case = CASE | {"eval_every": 3, "lr": 1e-2}
+    [alone] = launch(corpora / f"{name}-alone", 1, case)
+    _, resumed = parts(corpora / name, processes, case | {"local": outer})
+    assert all(own["resumed"] for own in resumed)
+    assert [step["step"] for step in resumed[0]["steps"]] == [7, 8, 9]
+    assert resumed[0]["evaluations"][-1][1] == pytest.approx(alone["evaluations"][-1][1], rel=0.05)
+
+
 @pytest.mark.parametrize("processes", [(1, 2), (2, 1)])
 def test_another_number_of_processes_goes_on_with_the_same_batches(corpora: Path, processes: tuple[int, int]) -> None:
     name = "-".join(map(str, processes))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +17,16 @@ class HeartbeatHook:
 
     def after_step(self, state: TrainState, values: dict[str, Any]) -> None:
         """Writes the step."""
-        self.file.write_text(str(state.step))
+        with suppress(OSError):  # a full disk is no reason to stop
+            self.file.write_text(str(state.step))
 
     def after_evaluation(self, state: TrainState, values: dict[str, Any]) -> None:
         """Is a sign of life too."""
-        self.file.touch()
+        self._touch()
 
     def after_event(self, state: TrainState, event: str, why: str) -> None:
         """Is a sign of life too."""
-        self.file.touch()
+        self._touch()
 
     def before_save(self) -> None:
         """Nothing to do."""
@@ -32,3 +34,7 @@ class HeartbeatHook:
     def close(self) -> None:
         """Takes the file away."""
         self.file.unlink(missing_ok=True)
+
+    def _touch(self) -> None:
+        with suppress(OSError):
+            self.file.touch()
