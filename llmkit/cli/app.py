@@ -512,7 +512,7 @@ def main() -> None:
     # busy machine they else hold up those they wait for; much less, and training on an idle one is a fifth slower.
     os.environ.setdefault("GOMP_SPINCOUNT", "30000")
     launched = not {"SLURM_STEP_ID", "RANK", "WORLD_SIZE"}.isdisjoint(os.environ)
-    if launched and sys.argv[1:2] and sys.argv[1] in (*_STAGE_HELP, "probe"):
+    if launched and sys.argv[1:2] and sys.argv[1] in (*_STAGE_HELP, "crossval", "probe"):
         _take_place()
     if sys.argv[1:2] and sys.argv[1] in (*_STAGE_HELP, "crossval"):
         for number in (signal.SIGTERM, signal.SIGUSR1):

@@ -14,6 +14,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from llmkit.errors import Problem, ResourceError, UsageError
@@ -111,7 +112,9 @@ class Slurm:
             raise _refused("Slurm does not take the job", done, f"the script is kept: {self.place(job)}")
         number = done.stdout.strip().split(";")[0]
         log = str(job.folder / f"{job.stage}-{number}{'_*' if job.is_array else ''}.log")
-        reasons = _program(["squeue", "--noheader", "--format=%r", f"--jobs={number}"]).stdout.split("\n")
+        reasons: list[str] = []
+        with suppress(ResourceError, UsageError):  # the job is Slurm's by now, whatever becomes of this question
+            reasons = _program(["squeue", "--noheader", "--format=%r", f"--jobs={number}"]).stdout.split("\n")
         reason = next((word for word in reasons if word not in ("", "None")), None)
         why = f"{reason}: `scontrol show partition` tells what there is, and `scancel {number}` takes the job back"
         return Submitted(job, number, log, reason, why if reason in _IN_VAIN else None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import re
 import secrets
@@ -35,7 +36,7 @@ def connect(within: float, recipe: Mapping[str, Any], folder: Path | None) -> tu
     rank, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     address = _first_process(time.monotonic() + within, rank)
     store = _own_part(_store(address, within), rank, count, within)
-    _choose_interface(address)
+    _choose_interface(address, store, rank, count)
     found = compare_all(store, rank, count, recipe, folder, limit)
     # Accelerate brings several processes up on CPUs only when it is told that there is nothing else.
     cpu = not torch.cuda.is_available()
@@ -147,19 +148,36 @@ def _no_answer(got: str, seconds: float) -> ResourceError:
     )
 
 
-def _choose_interface(address: tuple[str, int]) -> None:
-    """Has gloo use the network that leads to the first process, not the one that this host's own name happens to mean."""
-    if "GLOO_SOCKET_IFNAME" in os.environ:
-        return
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asked:  # sends nothing
-        try:
-            asked.connect(address)
-        except OSError:  # it has no IPv4 address
-            return
-        own = asked.getsockname()[0]
+def _choose_interface(address: tuple[str, int], store: Any, rank: int, count: int) -> None:
+    """Has gloo use the network that leads to the first process, not the one that this host's own name happens to mean.
+
+    On the first process's host that name may lead nowhere else (127.0.1.1, as Debian has it): there it is the network that
+    leads to a process of another host.
+    """
+    own = _own_address(address)
+    store.set(f"address/{rank}", own)
+    if _leads_nowhere_else(own):
+        others = (store.get(f"address/{other}").decode() for other in range(count))
+        elsewhere = next((other for other in others if not _leads_nowhere_else(other)), None)
+        own = own if elsewhere is None else _own_address((elsewhere, address[1]))
     for name, addresses in psutil.net_if_addrs().items():
         if any(each.address == own for each in addresses):
-            os.environ["GLOO_SOCKET_IFNAME"] = name
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+
+
+def _own_address(other: tuple[str, int]) -> str:
+    """This host's address on the way to another one; empty where that has no IPv4 address."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asked:  # sends nothing
+        try:
+            asked.connect(other)
+        except OSError:
+            return ""
+        found: str = asked.getsockname()[0]
+        return found
+
+
+def _leads_nowhere_else(address: str) -> bool:
+    return not address or ipaddress.ip_address(address).is_loopback
 
 
 def in_short(error: Exception) -> str:

@@ -54,7 +54,7 @@ def ip(*words: str) -> None:
 
 @dataclass(frozen=True)
 class Hosts:
-    """Two hosts with the addresses 10.77.0.1 and 10.77.0.2."""
+    """Two hosts with the addresses 10.77.0.1 and 10.77.0.2; to itself, the first one's name means 127.0.1.1."""
 
     names: tuple[str, str]
 
@@ -90,6 +90,10 @@ def ends(processes: Sequence[subprocess.Popen[str]], within: float = 240.0) -> l
     return [(process.returncode, text) for process, text in zip(processes, said, strict=True)]
 
 
+def _hosts_file(name: str) -> Path:
+    return Path("/etc/netns") / name / "hosts"
+
+
 @pytest.fixture(scope="module")
 def hosts() -> Iterator[Hosts]:
     if shutil.which("ip") is None or shutil.which("unshare") is None:
@@ -106,10 +110,14 @@ def hosts() -> Iterator[Hosts]:
             ip("-n", name, "address", "add", f"10.77.0.{number + 1}/24", "dev", "cable")
             ip("-n", name, "link", "set", "cable", "up")
             ip("-n", name, "link", "set", "lo", "up")
+            known = _hosts_file(name)  # which `ip netns exec` puts in the place of /etc/hosts
+            known.parent.mkdir(parents=True)
+            known.write_text(f"127.0.0.1 localhost\n{'10.77.0.1' if number else '127.0.1.1'} first-host\n")
         yield Hosts(names)
     finally:
         for name in names:  # the cable goes with them
             subprocess.run(["ip", "netns", "delete", name], check=False, capture_output=True)
+            shutil.rmtree(_hosts_file(name).parent, ignore_errors=True)
 
 
 @pytest.fixture
@@ -148,6 +156,11 @@ def test_two_hosts_learn_what_one_process_learns(hosts: Hosts, tmp_path: Path, r
         assert ("2 processes on 2 hosts, all-reduce" in said) is ("preprocess" in said), "the first tells it"
     assert len(losses(tmp_path / "one")) == 6
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+
+
+def test_a_first_host_whose_name_means_itself(hosts: Hosts) -> None:
+    for code, said in ends([hosts.start(rank, ["probe"], address="first-host") for rank in range(2)]):
+        assert code == 0, said
 
 
 def test_a_cable_that_is_pulled_and_put_in_again(hosts: Hosts, tmp_path: Path, recipe: Callable[[int], Path]) -> None:

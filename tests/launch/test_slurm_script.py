@@ -247,6 +247,19 @@ def test_a_time_limit_has_to_leave_time_to_train_and_to_save() -> None:
         warning_for(60, None, None)
 
 
+def test_a_job_that_slurm_took_is_known_whatever_becomes_of_the_next_question(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "sbatch").write_text("#!/bin/bash\necho 12\n")
+    (tmp_path / "squeue").write_text("#!/bin/bash\nsleep 60\n")
+    for name in ("sbatch", "squeue"):
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr("llmkit.launch.slurm._ANSWERS_WITHIN", 0.5)
+    done = Slurm().submit(make_job(tmp_path), [], None)
+    assert (done.id, done.waits_for, done.in_vain) == ("12", None, None)
+
+
 def test_launchers_variables_do_not_get_into_a_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     told = tmp_path / "env"
     (tmp_path / "sbatch").write_text(f"#!/bin/bash\nenv > {shlex.quote(str(told))}\necho '12;mine'\n")
