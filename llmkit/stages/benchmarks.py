@@ -141,8 +141,9 @@ class _ScoredFolder:
         if self._model is None:
             from llmkit.stages.benchmark_model import BenchmarkModel
 
-            model = load_model(self.folder, "AutoModelForCausalLM").model.to(default_device()).eval()
+            model = load_model(self.folder, "AutoModelForCausalLM").model.eval()
             compute_in(model, self.precision)
+            model.to(default_device())
             self._model = BenchmarkModel(
                 model,
                 load_tokenizer(self.folder),

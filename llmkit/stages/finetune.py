@@ -32,9 +32,11 @@ from llmkit.stages.base import (
 from llmkit.stages.evaluate import scoring_for
 from llmkit.stages.job import TrainingJob
 from llmkit.stages.training import train_and_save
+from llmkit.tasks.scoring import evaluate
 from llmkit.train.allocator import give_back_freed_memory
 from llmkit.train.loop import Fit
 from llmkit.train.state import seed_everything
+from llmkit.train.step import is_out_of_memory
 
 # Peak rates for a parent that does not record its own. Text and chat: the rate at which Ouyang et al. (InstructGPT,
 # 2022) and most recipes since tune whole models; classify: from the range of Devlin et al. (BERT, 2019).
@@ -87,14 +89,7 @@ class Finetune:
             job = replace(job, thaws=plan.thaws)
         job = with_adapters(job)
         artifact, fit = train_and_save(job)
-        metrics = dict(artifact.metrics)
-        held_out = job.held_out
-        if fit.accelerator.is_main_process and held_out is not None and len(held_out):
-            scoring = scoring_for(recipe, len(held_out), fit.precision)
-            model = _read_again(job, artifact.folder, fit) if fit.masters.sharded else fit.model
-            scores = job.task.evaluate(model.eval(), held_out, replace(scoring, generate=0, samples=0))
-            metrics |= scores.metrics
-        return replace(artifact, metrics=metrics)
+        return replace(artifact, metrics=artifact.metrics | _scores(job, artifact.folder, fit))
 
     def job(self, recipe: Recipe, run: Run, parent: Path) -> TrainingJob:
         """The training of a parent's weights on this run's corpus, nothing of it frozen yet."""
@@ -117,11 +112,33 @@ class Finetune:
 STAGE = Finetune()
 
 
+def _scores(job: TrainingJob, folder: Path, fit: Fit) -> dict[str, Any]:
+    """The task's metrics on the held-out data, in the first process; each scores its share where each has the whole model."""
+    from accelerate.utils import gather_object
+
+    held_out, accelerator = job.held_out, fit.accelerator
+    if held_out is None or not len(held_out) or (fit.masters.sharded and not accelerator.is_main_process):
+        return {}
+    scoring = replace(scoring_for(job.recipe, len(held_out), fit.precision), generate=0, samples=0)
+    if not fit.masters.sharded:
+        place = (accelerator.process_index, accelerator.num_processes)
+        return dict(evaluate(job.task, fit.model.eval(), held_out, scoring, place, gather_object).metrics)
+    try:
+        return dict(evaluate(job.task, _read_again(job, folder, fit).eval(), held_out, scoring).metrics)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        job.run.reporter.warn(
+            "finetune: one process alone has no room for the model that was left, which is not scored"
+        )
+        return {}
+
+
 def _read_again(job: TrainingJob, folder: Path, fit: Fit) -> Any:
     """The model that was left, as it computes; its processes hold but rows of it."""
-    model = load_model(folder, job.task.auto_class).model.to(fit.accelerator.device)
-    compute_in(model, fit.precision)
-    return model
+    model = load_model(folder, job.task.auto_class).model
+    compute_in(model, fit.precision)  # before it comes to a device that may have no room for the fp32 ones
+    return model.to(fit.accelerator.device)
 
 
 def with_adapters(job: TrainingJob) -> TrainingJob:

@@ -12,6 +12,7 @@ from llmkit.recipe.schema import Recipe, result_keys
 from llmkit.run.directory import Artifact, Run
 from llmkit.stages.base import freeze_plan, model_before, model_content, require_corpus, task_class, task_for
 from llmkit.stages.sweep import Sweep, chosen_plan, sweep, sweep_rows
+from llmkit.train.allocator import give_back_freed_memory
 
 _VOLATILE = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
 
@@ -89,6 +90,7 @@ STAGE = Freeze()
 def _swept(recipe: Recipe, run: Run) -> Sweep:
     """Tries depths, and shows what came of it."""
     found = sweep(recipe, run)
+    give_back_freed_memory()  # on a GPU, to the processes that train next
     columns = ("", "trained", "parameters", "seconds", "held-out loss", "accuracy")
     run.reporter.table("sweep", columns, sweep_rows(found))
     if found.left_out:

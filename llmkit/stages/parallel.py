@@ -44,7 +44,7 @@ def choose_parallel(
         for key in (key for key, is_asked in asked.items() if is_asked):
             guess(f"{job.stage}.{key}", "none", "there is one process, and nobody to share with")
         return size(None), None
-    against = _why_not_spread(job, precision) or _why_not_deepspeed(job, precision)
+    against = _why_not_spread(job, precision)
     if wanted not in ("auto", "ddp"):
         if against is not None:
             raise RecipeError(
@@ -152,18 +152,6 @@ def neighbours() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
-def _why_not_deepspeed(job: TrainingJob, precision: str) -> tuple[str, str] | None:
-    """What of a training DeepSpeed in particular cannot do."""
-    if _name(job.recipe.parallel) != "deepspeed":
-        return None
-    learning = {name: parameter for name, parameter in job.model.named_parameters() if parameter.requires_grad}
-    if single := [name for name, parameter in job.model.named_parameters() if not parameter.ndim]:
-        return f"parameters of a single number ({single[0]})", "set parallel: fsdp"
-    if precision == "bf16" and (kept := sorted(kept_in_fp32(job.model) & learning.keys())):
-        return f"parameters that stay in fp32 ({kept[0]})", "freeze them, set precision: fp32, or parallel: fsdp"
-    return None
-
-
 def _why_not_spread(job: TrainingJob, precision: str) -> tuple[str, str] | None:
     """What of a training needs whole parameters, and what to do about it; None for nothing."""
     if job.training.local is not None:
@@ -178,4 +166,8 @@ def _why_not_spread(job: TrainingJob, precision: str) -> tuple[str, str] | None:
         return "precision: fp16", "set precision: bf16"
     if job.adapter is not None and in_four_bits(job.adapter):
         return "adapters beside weights in 4 bits", "set parallel: ddp"
+    if single := [name for name, parameter in job.model.named_parameters() if not parameter.ndim]:
+        return f"parameters of a single number ({single[0]})", "set parallel: ddp"
+    if precision == "bf16" and (kept := sorted(kept_in_fp32(job.model))):
+        return f"parameters that stay in fp32 ({kept[0]})", "set precision: fp32, or parallel: ddp"
     return None

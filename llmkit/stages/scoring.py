@@ -161,6 +161,6 @@ class ScoredModel:
             seed_everything(self.seed)
             loaded = load_model(self.folder, task.auto_class, **task.model_changes(load_config(self.folder)))
             self._new = loaded.new_parameters
+            compute_in(loaded.model, scoring.precision)  # before it comes to a device that may have no room for more
             self._loaded = loaded.model.to(scoring.device).eval()
-            compute_in(self._loaded, scoring.precision)
         return self._loaded

@@ -228,6 +228,7 @@ def _sizing(job: TrainingJob, precision: str, accelerator: Any) -> tuple[Sizing,
 
     Warns when that is more than there is memory for.
     """
+    from accelerate.utils import gather_object
 
     def whole(model: Any) -> Objective:
         return job.task.objective(model, regularisation_of(job.training))
@@ -248,7 +249,8 @@ def _sizing(job: TrainingJob, precision: str, accelerator: Any) -> tuple[Sizing,
         processes=accelerator.num_processes,
         adapter=job.adapter,
     )
-    available = share_of_memory(accelerator.device)
+    # Of the process that has least: all have to choose the same, and to cut the held-out data alike.
+    available = min(gather_object([share_of_memory(accelerator.device)]))
 
     def size(mesh: Mesh | None) -> Sizing:
         if isinstance(mesh, Zero):

@@ -5,7 +5,7 @@ Shapes: N examples.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -140,12 +140,25 @@ def statistics_of(
     return statistics, values, reasons
 
 
-def evaluate(task: Task, model: Any, corpus: Corpus, scoring: Scoring) -> Scores:
-    """A model's scores on a whole corpus; nothing is kept."""
-    table = ScoreTable(len(corpus))
-    everything = np.arange(len(corpus))
-    answered = task.to_answer(corpus, scoring)
-    fill(table, task, model, corpus, everything, scoring, answered)
+def evaluate(
+    task: Task,
+    model: Any,
+    corpus: Corpus,
+    scoring: Scoring,
+    part: tuple[int, int] = (0, 1),
+    gather: Callable[[list[Any]], list[Any]] = list,
+) -> Scores:
+    """A model's scores on a whole corpus; nothing is kept.
+
+    With `part`, this is one of so many processes, each of which scores its share; `gather` joins what all of them list.
+    """
+    everything, answered = np.arange(len(corpus)), task.to_answer(corpus, scoring)
+    own, to_answer = everything[part[0] :: part[1]], answered[part[0] :: part[1]]
+    mine, table = ScoreTable(len(corpus)), ScoreTable(len(corpus))
+    fill(mine, task, model, corpus, own, scoring, to_answer)
+    for numbers, fields, answers in gather([(own, {n: v[own] for n, v in mine.fields.items()}, mine.answers)]):
+        table.add(numbers, fields)
+        table.answers |= answers
     predictions = predictions_of(task, corpus, table, everything, answered, everything, seed=0)
     _, values, reasons = statistics_of(scoring.metrics, predictions)
     samples = samples_of(task, corpus, {"answer": predictions}, everything, scoring.samples)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import sys
+
+import torch
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4  # of glibc's malloc.h
 # Larger blocks come from the system and go back: what is allocated between them would split the heap.
@@ -27,7 +30,10 @@ def keep_freed_memory(reserve: int) -> bool:
 
 
 def give_back_freed_memory() -> None:
-    """Ends that, and returns to the system what is free now."""
+    """Ends that, and returns to the system, and to the GPU's other processes, what is free now."""
+    if torch.cuda.is_initialized():
+        gc.collect()
+        torch.cuda.empty_cache()
     if _set(mappings=65536, trim_threshold=128 * 1024):
         ctypes.CDLL(None).malloc_trim(0)
 

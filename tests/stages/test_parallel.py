@@ -27,6 +27,15 @@ from llmkit.train.mesh import Mesh
 GIB = 2**30
 
 
+class _Bare(torch.nn.Module):
+    """A model of one weight, with a config."""
+
+    def __init__(self, layerdrop: float) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(2))
+        self.config = SimpleNamespace(to_dict=lambda: {"layerdrop": layerdrop})
+
+
 def choose(
     wanted: str,
     *,
@@ -47,7 +56,7 @@ def choose(
         training=SimpleNamespace(optimizer=SimpleNamespace(name=optimizer), local=local),
         thaws=thaws,
         adapter=None,
-        model=model or SimpleNamespace(config=SimpleNamespace(to_dict=lambda: {"layerdrop": layerdrop})),
+        model=model or _Bare(layerdrop),
     )
 
     def size(mesh: Mesh | None) -> Any:
@@ -113,20 +122,28 @@ def test_products_are_shared_by_as_many_as_is_said(llama: Any, monkeypatch: pyte
     assert "one process" in choose("tensor", processes=1)[1]["finetune.parallel"][1]
 
 
-def test_what_deepspeed_shares(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_deepspeed_shares(llama: Any) -> None:
     assert choose("deepspeed", model=llama)[0] == (4, "DeepSpeed ZeRO-2")
     assert choose(Parallel(deepspeed=1, offload=True), model=llama)[0] == (4, "DeepSpeed ZeRO-1, offloaded")
     assert "one process" in choose("deepspeed", processes=1)[1]["finetune.parallel"][1]
     with pytest.raises(RecipeError, match="parallel: deepspeed does not go with optimizer: muon"):
         choose("deepspeed", optimizer="muon", model=llama)
-    llama._keep_in_fp32_modules_strict = ["norm"]
-    with pytest.raises(RecipeError, match=r"parameters that stay in fp32 \(model.layers.0.input_layernorm.weight\)"):
-        choose("deepspeed", model=llama)
-    assert choose("deepspeed", precision="fp32", model=llama)[0] == (4, "DeepSpeed ZeRO-2")
-    del llama._keep_in_fp32_modules_strict
+
+
+@pytest.mark.parametrize("way", ["deepspeed", "fsdp", "tensor"])
+def test_parameters_that_cannot_be_spread(llama: Any, monkeypatch: pytest.MonkeyPatch, way: str) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    with monkeypatch.context() as within:
+        within.setattr(llama, "_keep_in_fp32_modules_strict", ["norm"], raising=False)
+        with pytest.raises(
+            RecipeError, match=r"parameters that stay in fp32 \(model.layers.0.input_layernorm.weight\)"
+        ):
+            choose(way, model=llama)
+        assert choose(way, precision="fp32", model=llama)[0][0] == 4
+        assert choose("auto", model=llama)[0] == (1, "ddp")
     monkeypatch.setattr(llama, "scale", torch.nn.Parameter(torch.ones(())), raising=False)
     with pytest.raises(RecipeError, match=r"parameters of a single number \(scale\)"):
-        choose("deepspeed", model=llama)
+        choose(way, model=llama)
 
 
 def test_deepspeed_has_to_be_installed(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -185,7 +202,7 @@ def test_a_run_with_adapters_in_two_processes(cli: Cli, tiny_llama: Path, chat_r
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", ["tensor", "context", "deepspeed"])
+@pytest.mark.parametrize("way", ["ddp", "tensor", "context", "deepspeed"])
 def test_a_run_whose_work_is_shared(cli: Cli, tiny_llama: Path, chat_rows: Path, tmp_path: Path, way: str) -> None:
     settings = ("data.eval=20%", "finetune.steps=4", "finetune.log_every=1", "finetune.precision=fp32")
     words = ["-m", tiny_llama, "-d", chat_rows, *(word for setting in settings for word in ("--set", setting))]
@@ -193,7 +210,10 @@ def test_a_run_whose_work_is_shared(cli: Cli, tiny_llama: Path, chat_rows: Path,
     both = in_two_processes("finetune", *words, "-o", tmp_path / "two", "--set", f"parallel={way}")
     assert done.code == 0, done.err
     facts = json.loads((tmp_path / "two" / "run.json").read_text())["stages"]["finetune"]["facts"]
-    assert (facts["processes"], facts["parallel"]) == (2, "DeepSpeed ZeRO-2" if way == "deepspeed" else f"{way} 2")
+    assert (facts["processes"], facts["parallel"]) == (
+        2,
+        {"ddp": "ddp", "deepspeed": "DeepSpeed ZeRO-2"}.get(way, f"{way} 2"),
+    )
     metrics, expected = json.loads(both.out)["metrics"], done.json["metrics"]
     for name in ("loss", "eval_loss", "train_loss"):
         assert metrics[name] == pytest.approx(expected[name], abs=1e-5), name
