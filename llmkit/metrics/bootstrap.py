@@ -26,6 +26,8 @@ _MOST_GROUPS = 20_000  # more are put together at random, which changes an inter
 _NUMBERS_AT_ONCE = 2_000_000
 _MOST_WEIGHTS, _FEWEST = 40_000_000, 200  # in all resamples of what is no function of sums; resamples
 _FEWEST_FINITE = 0.9  # of the resamples
+_SAME = "all resamples give the same value, so they tell nothing of its spread"
+_BIASED = "resamples overrate it, so they tell nothing of its spread"
 
 
 @dataclass(frozen=True)
@@ -91,8 +93,12 @@ class Resampled:
     def gap(self, one: Key, other: Resampled) -> Interval:
         """The interval of what one is here less there, where there are other examples, drawn from another seed."""
         (here, place), (there, that) = self._drawn[one], other._drawn[one]
-        if why := _too_few(min(here.groups, there.groups)):
+        if why := _too_few(min(here.groups, there.groups)) or here.why_none(place) or there.why_none(that):
             return Interval(None, None, why)
+        if here.same(place) or there.same(that):
+            if here.is_share(place) and there.is_share(that):
+                return _newcombe(here.whole[place], here.groups, there.whole[that], there.groups)
+            return Interval(None, None, _SAME)
         return _percentiles(_apart(here.draws[place], there.draws[that]))
 
 
@@ -150,15 +156,27 @@ class _Drawn:
         """The interval of one statistic."""
         if self.groups < 2:
             return Interval(None, None, ONE_ALONE)
-        statistic, draws, whole = self.statistics[place], self.draws[place], self.whole[place]
-        if _all_the_same(draws, whole):
-            if isinstance(statistic, Sums) and statistic.share:
-                return _wilson(whole, self.groups)
-            return Interval(None, None, "all resamples give the same value, so they tell nothing of its spread")
-        if why := _too_few(self.groups):
+        draws, whole = self.draws[place], self.whole[place]
+        if self.same(place):
+            return Interval(*_wilson(whole, self.groups)) if self.is_share(place) else Interval(None, None, _SAME)
+        if why := self.why_none(place) or _too_few(self.groups):
             return Interval(None, None, why)
         without = self._without_one(place)
-        return _bca(draws, whole, without) if without is not None else _percentiles(draws)
+        return _around(whole, _bca(draws, whole, without) if without is not None else _percentiles(draws))
+
+    def same(self, place: int) -> bool:
+        """True when all resamples give the value of the examples themselves."""
+        return _all_the_same(self.draws[place], self.whole[place])
+
+    def is_share(self, place: int) -> bool:
+        """True for a share of examples that are right."""
+        statistic = self.statistics[place]
+        return isinstance(statistic, Sums) and statistic.share
+
+    def why_none(self, place: int) -> str | None:
+        """Why resamples of a statistic give no interval, whatever they are; None where they do."""
+        statistic = self.statistics[place]
+        return _BIASED if isinstance(statistic, Sums) and statistic.biased else None
 
     def difference(self, place: int, other: int) -> Difference:
         """One statistic less another."""
@@ -167,13 +185,16 @@ class _Drawn:
             return Difference(whole, None, None, None, ONE_ALONE)
         draws = _apart(self.draws[place], self.draws[other])
         p = self._p(place, other, draws, whole)
-        why = _too_few(self.groups)
-        if _all_the_same(draws, whole) and not (whole and why):  # they differ by the same everywhere, or not at all
+        if _all_the_same(draws, whole) and not whole:
             return Difference(whole, whole, whole, p)
+        why = _too_few(self.groups) or self.why_none(place) or (_SAME if _all_the_same(draws, whole) else None)
         if why:
             return Difference(whole, None, None, p, why)
         one, two = self._without_one(place), self._without_one(other)
-        found = _bca(draws, whole, one - two) if one is not None and two is not None else _percentiles(draws)
+        shares = self.is_share(place) and self.is_share(other)  # whose few values percentiles cover better
+        by_sums = one is not None and two is not None and not shares
+        count = self.groups if shares else None
+        found = _around(whole, _bca(draws, whole, one - two) if by_sums else _percentiles(draws, count))  # type: ignore[operator]
         return Difference(whole, found.low, found.high, p, found.why)
 
     def _without_one(self, place: int) -> np.ndarray | None:
@@ -231,7 +252,6 @@ def _all_the_same(draws: np.ndarray, whole: float) -> bool:
 
 def _bca(draws: np.ndarray, whole: float, without: np.ndarray) -> Interval:
     from scipy.special import ndtr, ndtri
-    from scipy.stats import t
 
     finite, jackknife = draws[np.isfinite(draws)], without[np.isfinite(without)]
     if len(finite) < _FEWEST_FINITE * len(draws):
@@ -243,10 +263,8 @@ def _bca(draws: np.ndarray, whole: float, without: np.ndarray) -> Interval:
     apart = jackknife.mean() - jackknife
     spread = (apart**2).sum() ** 1.5
     acceleration = (apart**3).sum() / (6 * spread) if spread > 0 else 0.0
-    count = len(without)
-    reach = float(t.ppf((1 + LEVEL) / 2, count - 1)) * math.sqrt(count / (count - 1))
     places = []
-    for z in (-reach, reach):
+    for z in _ends(len(without)):
         moved = bias + z
         slope = 1 - acceleration * moved
         places.append(float(ndtr(bias + moved / slope)) if slope > 0 else (0.0 if z < 0 else 1.0))
@@ -254,18 +272,47 @@ def _bca(draws: np.ndarray, whole: float, without: np.ndarray) -> Interval:
     return Interval(float(low), float(high))
 
 
-def _percentiles(draws: np.ndarray) -> Interval:
+def _around(whole: float, found: Interval) -> Interval:
+    """An interval, where it holds the value that it is of."""
+    slack = 1e-9 * max(1.0, abs(whole))
+    if found.low is None or found.high is None or found.low - slack <= whole <= found.high + slack:
+        return found
+    return Interval(None, None, "the resamples do not lie around the value of the examples themselves")
+
+
+def _ends(count: int) -> tuple[float, float]:
+    """Where an interval ends, in standard normal deviations: further out for a small sample."""
+    from scipy.stats import t
+
+    reach = float(t.ppf((1 + LEVEL) / 2, count - 1)) * math.sqrt(count / (count - 1))
+    return -reach, reach
+
+
+def _percentiles(draws: np.ndarray, count: int | None = None) -> Interval:
+    """Of resamples; of so many examples, widened for small samples."""
+    from scipy.special import ndtr
+
     finite = draws[np.isfinite(draws)]
     if len(finite) < _FEWEST_FINITE * len(draws):
         return Interval(None, None, "too many resamples have no value")
-    low, high = np.quantile(finite, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    places = [(1 - LEVEL) / 2, (1 + LEVEL) / 2] if count is None else ndtr(_ends(count))
+    low, high = np.quantile(finite, places)
     return Interval(float(low), float(high))
 
 
-def _wilson(share: float, count: int) -> Interval:
-    """Of a share of all or none of the examples, where a bootstrap sees no spread (Wilson, 1927)."""
+def _newcombe(one: float, count: int, other: float, count_of_other: int) -> Interval:
+    """Of the difference of two independent shares (Newcombe, 1998, his tenth method)."""
+    (low, high), (low_of_other, high_of_other) = _wilson(one, count), _wilson(other, count_of_other)
+    apart = one - other
+    return Interval(
+        apart - math.hypot(one - low, high_of_other - other), apart + math.hypot(high - one, other - low_of_other)
+    )
+
+
+def _wilson(share: float, count: int) -> tuple[float, float]:
+    """Of a share; for one of all or none of the examples, where a bootstrap sees no spread (Wilson, 1927)."""
     z2 = 1.959963984540054**2
     below = 1 + z2 / count
     middle = (share + z2 / (2 * count)) / below
     half = math.sqrt(share * (1 - share) * z2 / count + z2**2 / (4 * count**2)) / below
-    return Interval(0.0 if share == 0 else middle - half, 1.0 if share == 1 else middle + half)
+    return 0.0 if share == 0 else middle - half, 1.0 if share == 1 else middle + half

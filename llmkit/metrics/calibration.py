@@ -94,7 +94,12 @@ def _calibration_error(predictions: Predictions, log_probabilities: np.ndarray) 
     place, confidence, right = _confidence(log_probabilities, predictions["actual"])
     apart = np.eye(BINS)[place] * (confidence - right)[:, None]
     parts = np.concatenate([apart, np.ones((len(place), 1))], axis=1)
-    return Sums(predictions.everything(), parts, lambda sums: np.abs(sums[..., :BINS]).sum(axis=-1) / sums[..., BINS])
+
+    def error(sums: np.ndarray) -> np.ndarray:
+        found: np.ndarray = np.abs(sums[..., :BINS]).sum(axis=-1) / sums[..., BINS]
+        return found
+
+    return Sums(predictions.everything(), parts, error, biased=True)
 
 
 def _ece(predictions: Predictions) -> Sums:

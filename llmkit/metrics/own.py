@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from llmkit.errors import DataError
 from llmkit.metrics.statistic import Metric, NoValueError, Predictions, Statistic, Weighted, mean_of
 
 
@@ -67,7 +68,10 @@ def _resampled(function: Called, references: Sequence[Any], answers: Sequence[An
     found = []
     for row in weights.astype(int):
         chosen = np.repeat(np.arange(len(references)), row).tolist()
-        value = function([references[number] for number in chosen], [answers[number] for number in chosen])
+        try:
+            value = function([references[number] for number in chosen], [answers[number] for number in chosen])
+        except DataError:  # it has a value for the examples themselves, and none for these
+            value = math.nan
         found.append(float(value) if _is_number(value) else math.nan)
     return np.array(found)
 

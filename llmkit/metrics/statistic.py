@@ -29,12 +29,16 @@ class Statistic(Protocol):
 
 @dataclass(frozen=True)
 class Sums:
-    """A function of sums over examples, `parts` (N, K); with `share` it is a share of examples that are right."""
+    """A function of sums over examples, `parts` (N, K); with `share` it is a share of examples that are right.
+
+    One that is `biased` is larger for resamples than for the examples themselves, so that they tell nothing of its spread.
+    """
 
     used: np.ndarray
     parts: np.ndarray
     combine: Callable[[np.ndarray], np.ndarray]  # (..., K) to (...)
     share: bool = False
+    biased: bool = False
 
     def values(self, weights: np.ndarray) -> np.ndarray:
         """As the protocol says."""

@@ -28,6 +28,8 @@ _TAKEN = (
     "data_sets",
     "gaps",
     "untrained",
+    "scored",
+    *("example", "source", "length", "text", "prompt", "reference", "label"),  # in predictions.jsonl
 )
 
 

@@ -23,6 +23,9 @@ class Comparison:
     intervals: Values = field(default_factory=dict)
     differences: Values = field(default_factory=dict)
     reasons: dict[str, dict[str, str]] = field(default_factory=dict)
+    scored: dict[str, int] = field(
+        default_factory=dict
+    )  # by metric, examples that it is made of, where those are fewer
     resampled: Resampled | None = None
 
     def json(self) -> dict[str, Any]:
@@ -32,7 +35,7 @@ class Comparison:
 
     def rest(self) -> dict[str, Any]:
         """What there need not be."""
-        parts = {"differences": self.differences, "reasons": self.reasons}
+        parts = {"differences": self.differences, "reasons": self.reasons, "scored": self.scored}
         return {name: part for name, part in parts.items() if part}
 
 
@@ -43,13 +46,16 @@ class Comparing:
     metrics: Sequence[str]
     resamples: int
     seed: int
+    part: bool = False  # of examples that were compared as a whole before
 
     def __call__(self, predictions: Mapping[str, Predictions], name: str) -> Comparison:
         """The scores of each model, the first of which is held against the others; `name` is of the data."""
         first = next(iter(predictions))
-        made = {who: statistics_of(self.metrics, each) for who, each in predictions.items()}
+        made = {who: statistics_of(self.metrics, each, part=self.part) for who, each in predictions.items()}
         found = Comparison(len(predictions[first]), {who: values for who, (_, values, _) in made.items()})
         found.reasons = {who: dict(reasons) for who, (_, _, reasons) in made.items() if reasons}
+        used = {key: len(each.used) for key, each in made[first][0].items()}
+        found.scored = {key: count for key, count in used.items() if count < found.examples}
         if self.resamples:
             statistics = {(who, key): each for who, (some, _, _) in made.items() for key, each in some.items()}
             seed = self.seed + zlib.crc32(name.encode())  # data sets are drawn independently of each other
@@ -75,7 +81,8 @@ def _spread(found: Comparison, resampled: Resampled, first: str) -> None:
             if resampled.paired((first, metric), (who, metric)):
                 difference = resampled.difference((first, metric), (who, metric))
                 said = {"difference": difference.difference, "low": difference.low, "high": difference.high}
-                found.differences[who][metric] = said | {"p": difference.p}
+                why = {} if difference.why is None else {"why": difference.why}
+                found.differences[who][metric] = said | {"p": difference.p} | why
 
 
 def gaps(comparisons: Mapping[str, Comparison], start: str, end: str, kind: str) -> list[dict[str, Any]]:
@@ -91,5 +98,6 @@ def gaps(comparisons: Mapping[str, Comparison], start: str, end: str, kind: str)
             if one.resampled is not None and two.resampled is not None:
                 spread = two.resampled.gap((who, metric), one.resampled)
                 entry |= {"low": spread.low, "high": spread.high}
+                entry |= {} if spread.why is None else {"why": spread.why}
             found.append(entry | {"from_value": value, "to_value": other})
     return found

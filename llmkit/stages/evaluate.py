@@ -48,7 +48,7 @@ from llmkit.stages.predictions import make_room
 from llmkit.stages.prefix import depth_for_good, known_to_score
 from llmkit.stages.prefix_cache import Alone, PrefixCache
 from llmkit.stages.scoring import DataSet, ScoredModel
-from llmkit.stages.slices import slices_of
+from llmkit.stages.slices import grouped, slices_of
 from llmkit.tasks.base import Known, Scoring, Task
 from llmkit.tasks.scoring import metric_key, metric_named
 
@@ -224,7 +224,7 @@ def _data(recipe: Recipe, run: Run, *, read_only: bool = False) -> dict[str, Dat
     if sample is not None:
         unwritten = replace(scoring, generate=0, samples=0)
         found["train"] = DataSet("train", "training examples", task, *sample, unwritten)
-    return found
+    return {name: grouped(recipe, each) for name, each in found.items()}
 
 
 def _predictions(data: Mapping[str, DataSet], models: Sequence[ScoredModel]) -> dict[str, dict[str, Predictions]]:

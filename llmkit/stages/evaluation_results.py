@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +30,15 @@ def results_of(data: DataSet, found: Comparison, predictions: Mapping[str, Predi
         "intervals": found.intervals,
         "differences": found.differences,
         "reasons": found.reasons,
+        "scored": found.scored,
     }
 
 
 def scored_slices(
     slices: Mapping[str, list[str]], predictions: Mapping[str, Predictions], compare: Comparing
 ) -> list[dict[str, Any]]:
-    found = []
+    """The scores of each part of the held-out data."""
+    found, compare = [], replace(compare, part=True)
     for by, values in slices.items():
         for value, places in parts_of(values):
             part = {who: each.take(places) for who, each in predictions.items()}

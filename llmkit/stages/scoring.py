@@ -33,6 +33,7 @@ class DataSet:
     corpus: Corpus
     numbers: np.ndarray
     scoring: Scoring
+    together: np.ndarray | None = None  # of each example of the corpus a number of the group that it is drawn with
     part: tuple[int, int] = (0, 1)  # of what is to be answered, which process's share of how many
 
     def share(self, process: int, processes: int) -> DataSet:
@@ -50,7 +51,9 @@ class DataSet:
         return origins_of(self.corpus)
 
     def groups(self) -> np.ndarray:
-        """Of each example of the corpus a number; windows of one document have the same."""
+        """Of each example of the corpus a number; windows of one document have the same, and so have rows of one group."""
+        if self.together is not None:
+            return self.together
         origins = self.origins
         return np.arange(len(self.corpus)) if origins is None else origins.groups()
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -23,6 +25,21 @@ _REST, _NONE = "(other values)", "(none)"
 def slices_of(recipe: Recipe, data: DataSet) -> dict[str, list[str]]:
     """For each of `evaluate.slices` the value of every example of a data set. Raises RecipeError for unknown columns."""
     return {name: _values(recipe, data, name) for name in recipe.evaluate.slices}
+
+
+def grouped(recipe: Recipe, data: DataSet) -> DataSet:
+    """A data set whose rows with the same value of `data.group` are drawn together; as it is where no row has one."""
+    origins, name = origins_of(data.corpus), recipe.data.group
+    if name is None or origins is None:
+        return data
+    everything = np.arange(len(data.corpus))
+    found, _ = _read_back(recipe, data.corpus, origins, everything, name)
+    if not found:
+        return data
+    places = _places(origins, everything)
+    values = [("group", str(found[place])) if found.get(place) is not None else ("row", *place) for place in places]
+    number_of = {value: number for number, value in enumerate(dict.fromkeys(values))}
+    return replace(data, together=np.array([number_of[value] for value in values], np.int64))
 
 
 def parts_of(values: Sequence[str]) -> Iterator[tuple[str, np.ndarray]]:
@@ -46,9 +63,12 @@ def _values(recipe: Recipe, data: DataSet, name: str) -> list[str]:
 
 def _as_slices(found: list[Any]) -> list[str]:
     """Values of a column as names of slices."""
-    numbers = [value for value in found if isinstance(value, int | float) and not isinstance(value, bool)]
-    if len(set(numbers)) > SLICES and len(numbers) == len(found):
-        return _binned(numbers, "")
+    found = [None if isinstance(value, float) and math.isnan(value) else value for value in found]
+    there = [value for value in found if value is not None]
+    numbers = [value for value in there if isinstance(value, int | float) and not isinstance(value, bool)]
+    if len(set(numbers)) > SLICES and len(numbers) == len(there):
+        binned = iter(_binned(numbers, ""))
+        return [_NONE if value is None else next(binned) for value in found]
     texts = [_NONE if value is None else str(value) for value in found]
     often = {value for value, _ in Counter(texts).most_common(SLICES)}
     return [text if text in often else _REST for text in texts]

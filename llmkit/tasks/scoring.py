@@ -14,7 +14,7 @@ import numpy as np
 from llmkit import catalog
 from llmkit.data.corpus import Corpus
 from llmkit.data.own_code import OwnCode
-from llmkit.errors import ArtifactError
+from llmkit.errors import ArtifactError, DataError
 from llmkit.metrics.own import own_metric
 from llmkit.metrics.statistic import Metric, NoValueError, Predictions, Statistic, value_of
 from llmkit.tasks.base import Fields, Scores, Scoring, Task
@@ -123,9 +123,12 @@ def metric_key(name: str) -> str:
 
 
 def statistics_of(
-    names: Iterable[str], predictions: Predictions
+    names: Iterable[str], predictions: Predictions, *, part: bool = False
 ) -> tuple[dict[str, Statistic], dict[str, float], dict[str, str]]:
-    """The metrics of some predictions: what they are made of, their values, and why others have none."""
+    """The metrics of some predictions: what they are made of, their values, and why others have none.
+
+    A metric of the user's own may fail on a `part` of the examples, where it then has no value.
+    """
     statistics: dict[str, Statistic] = {}
     values: dict[str, float] = {}
     reasons: dict[str, str] = {}
@@ -137,6 +140,10 @@ def statistics_of(
             statistics[key] = statistic
         except NoValueError as error:
             reasons[key] = str(error)
+        except DataError as error:
+            if not part:
+                raise
+            reasons[key] = f"{error.what}: {error.got}"
     return statistics, values, reasons
 
 

@@ -9,6 +9,7 @@ import pytest
 from scipy import stats
 
 from llmkit.metrics.bootstrap import Bootstrap
+from llmkit.metrics.calibration import ECE
 from llmkit.metrics.classification import F1
 from llmkit.metrics.statistic import Predictions, Statistic, Sums, Weighted, mean_of, ratio_of
 
@@ -218,3 +219,67 @@ def test_a_gap_is_of_independent_data() -> None:
     assert gap.high is not None
     assert gap.low < 2 < gap.high
     assert gap.high - gap.low == pytest.approx(2 * 1.96 * np.sqrt(1 / 80 + 1 / 60), rel=0.2)
+
+
+def test_what_resamples_overrate_has_a_p_value_and_no_interval() -> None:
+    random = np.random.default_rng(4)
+    both = {}
+    for who, temperature in (("m", 1.0), ("o", 0.3)):
+        logits = random.normal(0, 1, (200, 3))
+        actual = np.array([random.choice(3, p=np.exp(row) / np.exp(row).sum()) for row in logits])
+        scaled = logits / temperature
+        said = scaled - np.log(np.exp(scaled).sum(axis=1, keepdims=True))
+        both[who, "ece"] = ECE(Predictions({"actual": actual, "log_probabilities": said}, np.arange(200)))
+    drawn = plan(200).draw(both)
+    found, difference = drawn.interval(("m", "ece")), drawn.difference(("m", "ece"), ("o", "ece"))
+    assert (found.low, difference.low) == (None, None)
+    assert found.why == difference.why == "resamples overrate it, so they tell nothing of its spread"
+    assert difference.p is not None
+    assert difference.p < 0.01
+
+
+def test_an_interval_holds_the_value_that_it_is_of() -> None:
+    """The largest of some numbers: no resample has a larger one, and nearly all a smaller."""
+    values = np.random.default_rng(2).normal(size=40)
+
+    def spread(sums: np.ndarray) -> np.ndarray:
+        found: np.ndarray = -np.abs(sums[..., 0]) - sums[..., 1] * 0.0
+        return found
+
+    statistic = Sums(np.arange(40), np.stack([values - values.mean(), np.ones(40)], axis=1), spread)
+    found = plan(40).draw({("m", "x"): statistic}).interval(("m", "x"))
+    assert found.low is None
+    assert found.why == "the resamples do not lie around the value of the examples themselves"
+
+
+def test_shares_of_all_have_gaps_that_are_not_sure() -> None:
+    one, other = mean_of(np.arange(8), np.ones(8), share=True), mean_of(np.arange(6), np.ones(6), share=True)
+    key = ("m", "x")
+    found = plan(8).draw({key: one}).gap(key, plan(6, 2).draw({key: other}))
+    ends = [stats.binomtest(n, n).proportion_ci(method="wilson").low for n in (8, 6)]
+    assert (found.low, found.high) == pytest.approx((ends[0] - 1, 1 - ends[1]))
+    means = plan(8).draw({key: mean_of(np.arange(8), np.ones(8))})
+    assert means.gap(key, plan(6, 2).draw({key: other})).low is None
+
+
+def test_a_difference_that_is_the_same_everywhere_is_not_sure() -> None:
+    used = np.arange(6)
+    right, wrong = mean_of(used, np.ones(6), share=True), mean_of(used, np.zeros(6), share=True)
+    found = plan(6).draw({("m", "x"): right, ("o", "x"): wrong}).difference(("m", "x"), ("o", "x"))
+    assert (found.difference, found.low, found.high) == (1.0, None, None)
+    assert "all resamples give the same value" in str(found.why)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [100, 300])
+def test_a_paired_difference_of_shares_is_covered_as_often_as_it_says(count: int) -> None:
+    inside, trials = 0, 1000
+    for trial in range(trials):
+        random = np.random.default_rng([trial, count])
+        shared, alone = random.random(count) < 0.8, random.random(count) < 0.3
+        ours, theirs = (np.where(alone, random.random(count) < share, shared) for share in (0.85, 0.7))
+        both = {("m", "x"): ours.astype(float), ("o", "x"): theirs.astype(float)}
+        drawn = plan(count, trial, 500).draw({k: mean_of(np.arange(count), v, share=True) for k, v in both.items()})
+        found = drawn.difference(("m", "x"), ("o", "x"))
+        inside += found.low is not None and found.low - 1e-9 <= 0.3 * 0.15 <= (found.high or 0.0) + 1e-9
+    assert 0.93 <= inside / trials <= 0.97

@@ -238,6 +238,10 @@ def short(references, predictions):
 def text(references, predictions):
     return "good"
 
+def precision(references, predictions):
+    said = [r == "cd" for r, p in zip(references, predictions) if p == "cd"]
+    return sum(said) / len(said)
+
 def broken(references, predictions):
     return 1 / 0
 
@@ -265,6 +269,12 @@ def test_a_metric_of_ones_own(name: str, value: float, own: Any) -> None:
     assert value_of(statistic) == pytest.approx(value)
     found = statistic.values(np.array([[2.0, 0.0, 1.0], [0.0, 3.0, 0.0]]))
     assert found == pytest.approx({"letters": [2 / 3, 1.0], "share": [0.0, 1.0]}[name])
+
+
+def test_a_metric_of_ones_own_may_have_no_value_for_a_resample(own: Any) -> None:
+    statistic = own("precision")
+    assert value_of(statistic) == 1.0
+    assert np.isnan(statistic.values(np.array([[2.0, 0.0, 1.0]]))).all(), "nobody said `cd`"
 
 
 @pytest.mark.parametrize(

@@ -5,11 +5,21 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 from conftest import Cli, sentence, write_rows
 from evaluating import Bench, bench, chats, classifier, labelled, other_llama, own_cache  # noqa: F401
+
+from llmkit.metrics.bootstrap import Bootstrap
+from llmkit.metrics.statistic import ratio_of
+from llmkit.recipe.load import load_recipe
+from llmkit.run.directory import Run
+from llmkit.stages.against import others
+from llmkit.stages.evaluate import _data as evaluate_data
+from llmkit.stages.slices import _as_slices
 
 
 def test_slices(bench: Bench, tiny_llama: Path, other_llama: Path, chats: Path) -> None:
@@ -103,6 +113,46 @@ def test_documents_count_as_one(bench: Bench, tiny_llama: Path, tmp_path: Path) 
     assert set(bench.results["model"]) == {"loss", "perplexity", "bits_per_byte"}
     assert all({"loss", "tokens", "bytes"} <= line["model"].keys() for line in lines)
     assert lines[0]["text"]
+    loss, tokens = (np.array([line["model"][name] for line in lines]) for name in ("loss", "tokens"))
+    of_document = np.unique([line["source"]["line"] for line in lines], return_inverse=True)[1]
+
+    def interval(groups: np.ndarray) -> Any:
+        plan = Bootstrap(groups, 0, 4000)
+        return plan.draw({("m", "x"): ratio_of(np.arange(len(lines)), loss, tokens)}).interval(("m", "x"))
+
+    together, apart = interval(of_document), interval(np.arange(len(lines)))
+    low, high = bench.results["intervals"]["model"]["loss"]
+    width = together.high - together.low
+    assert high - low == pytest.approx(width, rel=0.1)
+    assert abs(apart.high - apart.low - width) > 0.2 * width, "windows alone would say something else"
+
+
+def test_rows_of_a_group_are_drawn_together(cli: Cli, tiny_llama: Path, tmp_path: Path, own_cache: None) -> None:
+    rows = ({"text": sentence(i) + f" number {i}", "author": f"a{i % 24}"} for i in range(240))
+    data, run = write_rows(tmp_path / "rows.jsonl", rows), tmp_path / "run"
+    settings = ("data.group=author", "data.leaks=off", "evaluate.precision=fp32", "evaluate.slices=[author]")
+    words = [word for setting in settings for word in ("--set", setting)]
+    words += ["--set", "data.eval=40%", "--set", "stages=[preprocess, evaluate]", "--set", "evaluate.train_sample=0"]
+    done = cli("run", "-m", tiny_llama, "-d", data, "--task", "text", "-o", run, *words)
+    assert done.code == 0, done.err
+    recipe, opened = load_recipe(run / "recipe.yaml", []), Run.peek(run, "run")
+    held_out = evaluate_data(recipe, opened)["held_out"]
+    authors = [part["value"] for part in json.loads((run / "evaluate/results.json").read_text())["slices"]]
+    assert len(held_out.corpus) > 3 * len(authors) > 10
+    assert len(set(held_out.groups().tolist())) == len(authors)
+
+
+@pytest.mark.parametrize("missing", [None, float("nan")])
+def test_a_number_that_is_missing_is_in_a_slice_of_its_own(missing: Any) -> None:
+    found = _as_slices([*map(float, range(40)), missing])
+    assert found[-1] == "(none)"
+    assert len(set(found)) == 5
+
+
+def test_a_model_does_not_take_the_place_of_what_an_example_says() -> None:
+    uris = [f"runs/{name}/finetune/model" for name in ("text", "prompt", "fine")]
+    recipe: Any = SimpleNamespace(evaluate=SimpleNamespace(models=uris), model=None)
+    assert not {"text", "prompt"} & set(others(recipe))
 
 
 def test_a_classifier_by_itself(bench: Bench, classifier: Path, tmp_path: Path) -> None:
