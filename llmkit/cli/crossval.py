@@ -194,7 +194,7 @@ def show_folds(console: Console, found: dict[str, Any]) -> None:
     """Each fold's scores, then mean, spread and interval; below it how the model differs from the others."""
     scores = found["scores"]["model"]
     columns = ("metric", *(f"fold {run['fold']}" for run in found["runs"]), "mean", "std", "95 % of the mean")
-    rows = [[metric, *_numbers(each["values"], len(found["runs"])), *_summary(each)] for metric, each in scores.items()]
+    rows = [[metric, *map(_number, each["values"]), *_summary(each)] for metric, each in scores.items()]
     examples = ", ".join(f"{run['examples']:,}" for run in found["runs"])
     console.print()
     console.print(make_table(f"{found['name']}: {found['folds']} folds of {examples} examples", columns, rows))
@@ -225,16 +225,17 @@ def _show_left_out(console: Console, found: dict[str, Any], scores: dict[str, An
         console.print(f"{', '.join(left_out['metrics'])} cannot be compared: {left_out['why']}{instead}.")
 
 
-def _numbers(values: list[float], columns: int) -> list[str]:
-    return [f"{value:.4f}" for value in values] + [""] * (columns - len(values))
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"
 
 
 def _summary(each: dict[str, Any], *, sign: bool = False) -> list[str]:
     plus = "+" if sign else ""
     if each["std"] is None:
         return [f"{each['mean']:{plus}.4f}", "", ""]
-    low, high = each["interval"]
-    return [f"{each['mean']:{plus}.4f}", f"{each['std']:.4f}", f"{low:{plus}.4f} to {high:{plus}.4f}"]
+    low, high = each["interval"] or (None, None)
+    bounds = "" if low is None else f"{low:{plus}.4f} to {high:{plus}.4f}"
+    return [f"{each['mean']:{plus}.4f}", f"{each['std']:.4f}", bounds]
 
 
 def _with_interval(value: float | None, interval: list[float] | None) -> str:

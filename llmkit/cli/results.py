@@ -8,12 +8,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from llmkit import catalog
 from llmkit.cli.console import make_table
 from llmkit.recipe.schema import Recipe
 from llmkit.run.directory import Run
 
-_HARDLY_BY_CHANCE = 0.05
+_COLOURS = {"better": "green", "worse": "red"}  # by verdict
 
 
 def show_metrics(console: Console, title: str, metrics: dict[str, Any]) -> None:
@@ -47,7 +46,11 @@ def _scores_table(title: str, results: dict[str, Any], others: list[str]) -> Tab
         columns += [name, "difference"] if name in results["differences"] else [name]
     rows = []
     for metric, value in results["model"].items():
-        row = [escape(metric), _with_interval(value, results["intervals"].get("model", {}).get(metric))]
+        fewer = results.get("scored", {}).get(metric)
+        row = [
+            escape(metric) + (f" [dim]of {fewer:,}[/]" if fewer else ""),
+            _with_interval(value, results["intervals"].get("model", {}).get(metric)),
+        ]
         for name in others:
             theirs = results[name].get(metric)
             row.append("" if theirs is None else _with_interval(theirs, results["intervals"].get(name, {}).get(metric)))
@@ -62,22 +65,18 @@ def _with_interval(value: float, interval: list[float] | None) -> str:
 
 
 def _difference(metric: str, found: dict[str, Any] | None) -> str:
-    """With its interval; coloured where it is hardly by chance."""
+    """With its interval; coloured where the report calls it better or worse."""
+    from llmkit.report.verdict import judged
+
     if found is None:
         return ""
     text = _figure(found["difference"], sign=True)
     p = found["p"]
-    if p is not None and p < _HARDLY_BY_CHANCE:
-        text = f"[{'green' if (found['difference'] < 0) == lower_is_better(metric) else 'red'}]{text}[/]"
+    if colour := _COLOURS.get(judged(metric, found["difference"], found["low"], found["high"], p)):
+        text = f"[{colour}]{text}[/]"
     if found["low"] is not None and found["low"] != found["high"]:
         text += f" [dim]{_figure(found['low'], sign=True)} to {_figure(found['high'], sign=True)}[/]"
     return text if p is None else f"{text} [dim]p {'< 0.001' if p < 0.001 else f'= {p:.3f}'}[/]"
-
-
-def lower_is_better(metric: str) -> bool:
-    """True for errors and losses; the user's own metrics are taken for scores."""
-    name = metric.removeprefix("general_")
-    return name in catalog.names("metric") and bool(catalog.resolve("metric", name).lower_is_better)
 
 
 def _figure(value: float, *, sign: bool = False) -> str:

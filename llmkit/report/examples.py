@@ -59,7 +59,7 @@ def example_section(record: Record) -> Section:
     if blocks:
         how = (
             "by the loss of each example, the mean of its tokens"
-            if record.task != "classify"
+            if record.task not in ("classify", "regress")
             else "by the loss of each example"
         )
         blocks.insert(0, Prose(f"Chosen {how}" + (", among those with a written answer." if with_answers else ".")))

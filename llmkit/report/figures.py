@@ -169,21 +169,28 @@ def ranges(
     return draw(key, title, "; ".join(told) + ".", paint, height=0.95 + 0.26 * len(rows))
 
 
-def calibration(key: str, title: str, bins: Sequence[Mapping[str, float]]) -> Chart:
-    """How often the model is right, by how sure it is; on the line it is as sure as it is right."""
+def calibration(
+    key: str, title: str, bins: Sequence[Mapping[str, float]], after: Sequence[Mapping[str, float]] = ()
+) -> Chart:
+    """How often the model is right, by how sure it is; on the line it is as sure as it is right.
+
+    `after` is the same of its logits divided by a temperature.
+    """
+    curves = [("the model", bins), *([("with its temperature", after)] if after else [])]
     told = [
-        f"sure {bin_['confidence']:.0%}, right {bin_['accuracy']:.0%} of {plural(int(bin_['examples']), 'example')}"
-        for bin_ in bins
+        f"{name}: sure {bin_['confidence']:.0%}, right {bin_['accuracy']:.0%} of "
+        f"{plural(int(bin_['examples']), 'example')}"
+        for name, some in curves
+        for bin_ in some
     ]
 
     def paint(axes: Axes) -> None:
         axes.plot([0, 1], [0, 1], "--", color=MUTED, lw=1, label="as sure as right")
-        sure, right = ([bin_[name] for bin_ in bins] for name in ("confidence", "accuracy"))
-        most = max(bin_["examples"] for bin_ in bins)
-        axes.plot(sure, right, color=HUES[0], lw=1)
-        axes.scatter(
-            sure, right, [12 + 90 * bin_["examples"] / most for bin_ in bins], color=HUES[0], label="the model"
-        )
+        for hue, (name, some) in zip(HUES, curves, strict=False):
+            sure, right = ([bin_[part] for bin_ in some] for part in ("confidence", "accuracy"))
+            most = max(bin_["examples"] for bin_ in some)
+            axes.plot(sure, right, color=hue, lw=1)
+            axes.scatter(sure, right, [12 + 90 * bin_["examples"] / most for bin_ in some], color=hue, label=name)
         axes.set_xlabel("probability of what it says")
         axes.set_ylabel("share that is right")
         axes.set_xlim(-0.02, 1.02)

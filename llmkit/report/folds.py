@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from llmkit.data.personal.masking import without_secrets
@@ -74,11 +75,13 @@ def _states(folder: Path, found: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _changes(found: Mapping[str, Any], who: str) -> list[Change]:
-    """How the mean of each metric differs from another model's."""
+    """How the mean of each metric differs from another model's, over the folds that have it of both."""
     scores, changes = found["scores"], []
     for metric, each in (found.get("differences") or {}).get(who, {}).items():
         low, high = each.get("interval") or (None, None)
-        ends = scores[who][metric]["mean"], scores["model"][metric]["mean"]
+        pairs = zip(scores[who][metric]["values"], scores["model"][metric]["values"], strict=True)
+        both = [pair for pair in pairs if None not in pair]
+        ends = fmean(theirs for theirs, _ in both), fmean(mine for _, mine in both)
         changes.append(Change(metric, who, *ends, low, high, None, judged(metric, each["mean"], low, high)))
     return changes
 
@@ -147,7 +150,6 @@ def _scores(
                 interval(each["interval"]) or DASH,
             ]
             for one, each in scores[who].items()
-            if len(each["values"]) == len(names)
         ]
         titles = ("metric", *names, "mean", "standard deviation", "95 % of the mean")
         blocks.append(Table(f"Scores by fold, {name_of(who, others)}" if others else "Scores by fold", titles, rows))

@@ -55,7 +55,7 @@ def _scores(results: Mapping[str, Any], who: str, others: Sequence[str]) -> Tabl
         bounds = [interval((intervals.get(one) or {}).get(change.metric)) for one in (who, "model")]
         rows.append(
             [
-                title_of(change.metric),
+                _titled(results, change.metric),
                 _with(number(change.before), bounds[0]),
                 _with(number(change.after), bounds[1]),
                 signed(change.difference),
@@ -71,6 +71,12 @@ def _scores(results: Mapping[str, Any], who: str, others: Sequence[str]) -> Tabl
     return Table(f"Scores over {examples}", columns, rows, frozenset({6}), marks)
 
 
+def _titled(results: Mapping[str, Any], metric: str) -> str:
+    """A metric's name, with the number of examples that it is made of where those are not all."""
+    fewer = (results.get("scored") or {}).get(metric)
+    return title_of(metric) + (f", of {plural(int(fewer), 'example')}" if fewer else "")
+
+
 def _with(value: str, bounds: str) -> str:
     return f"{value} ({bounds})" if bounds else value
 
@@ -78,7 +84,7 @@ def _with(value: str, bounds: str) -> str:
 def _scores_alone(results: Mapping[str, Any]) -> Table:
     bounds = (results.get("intervals") or {}).get("model") or {}
     rows = [
-        [title_of(metric), number(value), interval(bounds.get(metric)) or DASH]
+        [_titled(results, metric), number(value), interval(bounds.get(metric)) or DASH]
         for metric, value in results["model"].items()
         if isinstance(value, int | float)
     ]
@@ -207,9 +213,15 @@ def error_section(record: Record) -> Section:
         names = list(next(iter(by_label.values())))
         rows = [[str(name), *(number(found.get(key)) for key in names)] for name, found in by_label.items()]
         blocks.append(Table("Scores by label", ("label", *map(title_of, names)), rows))
-    bins = [entry for entry in (tables.get("calibration") or {}).get("bins") or [] if entry.get("examples")]
+    found = tables.get("calibration") or {}
+    bins, after = ([b for b in found.get(name) or [] if b.get("examples")] for name in ("bins", "bins_after"))
     if bins:
-        blocks.append(Charts([figures.calibration("calibration", "Calibration", bins)]))
+        blocks.append(Charts([figures.calibration("calibration", "Calibration", bins, after)]))
+    if found.get("temperature"):
+        fitted = f" Fitted on {found['fitted_on']}." if found.get("fitted_on") else ""
+        blocks.append(
+            Prose(f"With logits divided by {number(found['temperature'])} it is as sure as it is right.{fitted}")
+        )
     return Section("errors", "Errors by label", blocks)
 
 

@@ -223,4 +223,8 @@ def _others_worded(found: list[Change]) -> str:
     parts = [f"{count} {said}" for said, count in counts.items() if count]
     parts += [f"{unrated} changed, and whether for the better is not known"] if unrated else []
     parts += [f"{without} {'has' if without == 1 else 'have'} no interval"] if without else []
-    return f"Of the {plural(len(found), 'other metric')} {listed(parts)}." if parts else ""
+    said = f"Of the {plural(len(found), 'other metric')} {listed(parts)}." if parts else ""
+    alone = (
+        " Each is judged by itself, as if there were no others." if counts["got better"] + counts["got worse"] else ""
+    )
+    return said + alone

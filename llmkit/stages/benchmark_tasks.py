@@ -7,10 +7,13 @@ import importlib.metadata
 import importlib.util
 import io
 import logging
+import random
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from llmkit.errors import DataError, LlmkitError, Problem, RecipeError, did_you_mean, raise_all
 from llmkit.recipe.schema import Recipe
@@ -18,6 +21,7 @@ from llmkit.stages.base import task_class
 from llmkit.stages.benchmark_files import TaskFile, called, hub_answers, hub_is_off, is_file
 
 KEY = "evaluate.benchmarks"
+SEEDS = {"python": 0, "numpy": 1234, "torch": 1234, "fewshot": 1234}  # those of the lm_eval command
 
 
 def check_benchmarks(recipe: Recipe) -> None:
@@ -53,12 +57,16 @@ def _manager(registered: bool) -> Any:
 
 
 def load_tasks(name: str) -> dict[str, Any]:
-    """The tasks of a benchmark with their data. Raises DataError or RecipeError."""
+    """The tasks of a benchmark with their data, as the lm_eval command has them. Raises DataError or RecipeError.
+
+    That sets its seeds before it loads them: some tasks shuffle their documents then.
+    """
     registered = not is_file(name) or TaskFile(Path(name)).names_others
     manager = _manager(registered)
     wanted = name if is_file(name) else manager.match_tasks([name])
     try:
         with silence(), own_failures(name):
+            _seed()
             loaded: dict[str, Any] = manager.load(wanted)
     except LlmkitError:
         raise
@@ -74,6 +82,14 @@ def load_tasks(name: str) -> dict[str, Any]:
     for task, found in loaded["tasks"].items():
         _refuse_unfit(name, task, found)
     return loaded
+
+
+def _seed() -> None:
+    import torch
+
+    random.seed(SEEDS["python"])
+    np.random.seed(SEEDS["numpy"])
+    torch.manual_seed(SEEDS["torch"])
 
 
 def _refuse_unfit(name: str, task: str, found: Any) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import random
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -26,10 +25,9 @@ from llmkit.model.precision import compute_in, default_device
 from llmkit.recipe.schema import Recipe
 from llmkit.run.directory import Run
 from llmkit.stages.benchmark_files import TaskFile, called, is_file
-from llmkit.stages.benchmark_tasks import KEY, load_tasks, own_failures, silence, version
+from llmkit.stages.benchmark_tasks import KEY, SEEDS, load_tasks, own_failures, silence, version
 
-VERSION = 1  # raise it when the same model and benchmark come to give other scores
-_SEEDS = {"python": 0, "numpy": 1234, "torch": 1234, "fewshot": 1234}  # those of the lm_eval command
+VERSION = 2  # raise it when the same model and benchmark come to give other scores
 
 
 @dataclass(frozen=True)
@@ -117,9 +115,10 @@ class _ScoredFolder:
         from lm_eval.evaluator import evaluate
 
         keys, errors = self.recipe.evaluate.benchmark_options, sys.stderr
-        loaded = load_tasks(name)
         with silence():
             model = self._loaded(errors)
+        loaded = load_tasks(name)  # after the model: nothing comes between its seeds and the answers
+        with silence():
             _prepare(loaded["tasks"], keys.num_fewshot)
             with own_failures(name):
                 found: dict[str, Any] = evaluate(
@@ -165,15 +164,12 @@ class _ScoredFolder:
 
 
 def _prepare(tasks: Mapping[str, Any], num_fewshot: int | None) -> None:
-    """Sets seeds and examples as the lm_eval command does: a task that has 0 examples by its own file keeps them."""
-    random.seed(_SEEDS["python"])
-    np.random.seed(_SEEDS["numpy"])
-    torch.manual_seed(_SEEDS["torch"])
+    """Sets examples as the lm_eval command does: a task that has 0 of them by its own file keeps them."""
     for task in tasks.values():
         own = task.get_config("num_fewshot")
         if own is None or (num_fewshot is not None and own != 0):
             task.set_config(key="num_fewshot", value=num_fewshot or 0)
-        task.set_fewshot_seed(seed=_SEEDS["fewshot"])
+        task.set_fewshot_seed(seed=SEEDS["fewshot"])
 
 
 def _without_gaps(found: dict[str, Any]) -> tuple[dict[str, dict[str, float]], dict[str, str]]:

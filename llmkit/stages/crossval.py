@@ -165,6 +165,7 @@ def outcome(run: Path) -> dict[str, Any]:
         "seconds": round(sum(stage.get("seconds", 0.0) for stage in stages.values()), 2),
     }
     found["scores"] = {who: results[who] for who in models_of(results)}
+    found |= {"reasons": results["reasons"]} if results.get("reasons") else {}
     intervals = results.get("intervals", {})
     return found | ({"intervals": intervals} if intervals else {})
 
@@ -192,24 +193,28 @@ def over_folds(scores: Sequence[Mapping[str, Mapping[str, float]]]) -> dict[str,
 
 def _by_metric(folds: Sequence[Mapping[str, float]], *, differences: bool = False) -> dict[str, Any]:
     found = {}
-    for metric in folds[0]:
+    for metric in dict.fromkeys(name for fold in folds for name in fold):
         low, high = RANGES.get(metric.removeprefix("general_"), _UNBOUNDED)
         bounds = (low - high, high - low) if differences else (low, high)
-        found[metric] = spread([fold[metric] for fold in folds if metric in fold], bounds)
+        found[metric] = spread([fold.get(metric) for fold in folds], bounds)
     return found
 
 
-def spread(values: Sequence[float], bounds: tuple[float, float] = _UNBOUNDED) -> dict[str, Any]:
+def spread(values: Sequence[float | None], bounds: tuple[float, float] = _UNBOUNDED) -> dict[str, Any]:
     """The mean, the standard deviation (of a sample), and the 95 % interval of the mean by Student's t distribution.
 
-    One value has neither. The interval ends where the possible values do.
+    Folds without a value, None, do not count. One value has neither, and values that are all the same have no interval. The
+    interval ends where the possible values do.
     """
     from scipy.stats import t
 
-    count, mean = len(values), float(np.mean(values))
+    there = [value for value in values if value is not None]
+    count, mean = len(there), float(np.mean(there))
     found: dict[str, Any] = {"values": list(values), "mean": mean, "std": None, "interval": None}
     if count > 1:
-        std = float(np.std(values, ddof=1))
+        std = float(np.std(there, ddof=1))
+        if std <= 1e-12 * abs(mean):
+            return found | {"std": std, "why": "all folds have the same value, so they tell nothing of its spread"}
         reach = float(t.ppf(0.975, count - 1)) * std / count**0.5
         found |= {"std": std, "interval": [max(mean - reach, bounds[0]), min(mean + reach, bounds[1])]}
     return found

@@ -134,7 +134,7 @@ def test_metrics_without_an_interval_are_counted_too(tmp_path: Path) -> None:
     known = {"accuracy": (0.3, 0.6), "loss": (-1.2, -0.8), "mine.py:score": (0.8, 1.2), "precision": (0.0, 0.0)}
     assert several(**known) == (
         "Of the 5 other metrics 1 got better, 1 stayed the same, 1 changed, and whether for the better is not known and "
-        "2 have no interval."
+        "2 have no interval. Each is judged by itself, as if there were no others."
     )
     assert "1 got better and 4 have no interval." in several(**dict(list(known.items())[:2]))
     assert several(accuracy=(0.3, 0.6)) == ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 import subprocess
 import sys
@@ -112,6 +113,42 @@ def test_scores_are_those_of_lm_eval(tiny_llama: Path, tasks: Path, tmp_path: Pa
     for task, metrics in theirs.items():
         assert mine.values["model"][task] == pytest.approx(metrics, rel=1e-5), task
     assert {"exact_match", "exact_match,lower"} <= set(theirs["own_writing"])
+
+
+SHUFFLED = """
+import random
+
+def shuffled(dataset):
+    order = list(range(len(dataset)))
+    random.shuffle(order)
+    return dataset.select(order[:6])
+"""
+
+
+def test_a_task_that_shuffles_has_the_documents_that_lm_eval_gives_it(
+    tiny_llama: Path, tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lm_eval.models.huggingface import HFLM
+
+    (tasks / "own.py").write_text(SHUFFLED)
+    text = TASKS["words"] + "process_docs: !function own.shuffled\n"
+    (tasks / "mixed.yaml").write_text(f"task: own_mixed\n{DATA}{text}", encoding="utf-8")
+    recipe = recipe_with(tiny_llama, "mixed.yaml", cache=False)
+    asked: list[list[str]] = []
+    score = HFLM.loglikelihood  # which ours calls too
+
+    def seen(self: HFLM, requests: Any, disable_tqdm: bool = True) -> Any:
+        asked.append([request.args[0] for request in requests])
+        return score(self, requests, disable_tqdm)
+
+    monkeypatch.setattr(HFLM, "loglikelihood", seen)
+    for seed in (1, 2):
+        random.seed(seed)
+        mine = scored(recipe, tmp_path, model=tiny_llama).values["model"]["own_mixed"]
+        assert mine.pop("examples") == 6
+    assert mine == pytest.approx(by_lm_eval(tiny_llama, ["mixed.yaml"])["own_mixed"], rel=1e-5)
+    assert asked[0] == asked[1] == asked[2]
+    assert len(asked) == 3
 
 
 def test_options_mean_what_they_mean_to_lm_eval(tiny_llama: Path, tasks: Path, tmp_path: Path) -> None:
