@@ -4,8 +4,9 @@ Shapes: N examples, G groups of examples that are drawn together, R resamples, K
 
 Intervals are those of the bias-corrected and accelerated bootstrap (BCa: Efron, "Better Bootstrap Confidence Intervals",
 1987) for functions of sums, widened for small samples as in Hesterberg, "What Teachers Should Know About the Bootstrap",
-2015 (https://arxiv.org/abs/1411.5279); of percentiles for others. The test swaps the two models' predictions example by
-example (approximate randomisation: Noreen, "Computer-Intensive Methods for Testing Hypotheses", 1989).
+2015 (https://arxiv.org/abs/1411.5279); of log odds for areas under curves; of percentiles for others, and for differences of
+shares. The test swaps the two models' predictions example by example (approximate randomisation: Noreen,
+"Computer-Intensive Methods for Testing Hypotheses", 1989).
 """
 
 from __future__ import annotations
@@ -161,7 +162,9 @@ class _Drawn:
             return Interval(*_wilson(whole, self.groups)) if self.is_share(place) else Interval(None, None, _SAME)
         if why := self.why_none(place) or _too_few(self.groups):
             return Interval(None, None, why)
-        without = self._without_one(place)
+        statistic, without = self.statistics[place], self._without_one(place)
+        if isinstance(statistic, Weighted) and statistic.odds:
+            return _by_odds(draws, whole, self.groups)
         return _around(whole, _bca(draws, whole, without) if without is not None else _percentiles(draws))
 
     def same(self, place: int) -> bool:
@@ -298,6 +301,23 @@ def _percentiles(draws: np.ndarray, count: int | None = None) -> Interval:
     places = [(1 - LEVEL) / 2, (1 + LEVEL) / 2] if count is None else ndtr(_ends(count))
     low, high = np.quantile(finite, places)
     return Interval(float(low), float(high))
+
+
+def _by_odds(draws: np.ndarray, whole: float, count: int) -> Interval:
+    """Of a number between 0 and 1 whose log odds are about normally distributed, such as an area under a ROC curve.
+
+    Percentiles of such areas are too narrow where one class is rare (Pepe, "The Statistical Evaluation of Medical Tests for
+    Classification and Prediction", 2003).
+    """
+    from scipy.special import expit, logit
+
+    finite = draws[np.isfinite(draws)]
+    if len(finite) < _FEWEST_FINITE * len(draws):
+        return Interval(None, None, "too many resamples have no value")
+    least = 1 / (2 * count)
+    odds, middle = logit(np.clip(finite, least, 1 - least)), logit(np.clip(whole, least, 1 - least))
+    low, high = (float(expit(middle + z * odds.std(ddof=1))) for z in _ends(count))
+    return _around(whole, Interval(low, high))
 
 
 def _newcombe(one: float, count: int, other: float, count_of_other: int) -> Interval:

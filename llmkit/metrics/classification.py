@@ -78,7 +78,7 @@ def _roc_auc(predictions: Predictions) -> Weighted:
     if not there:
         raise NoValueError("all examples have the same label: there is nothing to tell apart")
     curves = area_under_curves(np.stack([actual == label for label in there], axis=1), scores[:, there])
-    return Weighted(predictions.everything(), curves, len(there))
+    return Weighted(predictions.everything(), curves, len(there), odds=True)
 
 
 _NEEDS = ("actual", "predicted")

@@ -48,11 +48,15 @@ class Sums:
 
 @dataclass(frozen=True)
 class Weighted:
-    """A number that is no function of sums: of ranks, say, or the user's own. It takes time for each of its `columns`."""
+    """A number that is no function of sums: of ranks, say, or the user's own. It takes time for each of its `columns`.
+
+    One that is `odds` lies between 0 and 1, and its log odds are spread more evenly than it is.
+    """
 
     used: np.ndarray
     compute: Callable[[np.ndarray], np.ndarray]  # (R, N) to (R,)
     columns: int = 1
+    odds: bool = False
 
     def values(self, weights: np.ndarray) -> np.ndarray:
         """As the protocol says."""

@@ -23,9 +23,7 @@ class Comparison:
     intervals: Values = field(default_factory=dict)
     differences: Values = field(default_factory=dict)
     reasons: dict[str, dict[str, str]] = field(default_factory=dict)
-    scored: dict[str, int] = field(
-        default_factory=dict
-    )  # by metric, examples that it is made of, where those are fewer
+    scored: dict[str, int] = field(default_factory=dict)  # by metric, of how many examples, where not of all
     resampled: Resampled | None = None
 
     def json(self) -> dict[str, Any]:

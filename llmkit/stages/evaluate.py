@@ -57,7 +57,7 @@ class Evaluate:
     """Scores the newest model of the recipe, its parent and other models, and says how sure the scores are."""
 
     name = "evaluate"
-    version = 2
+    version = 3
     trains = False
     resumes = True
     distributed = False

@@ -10,7 +10,7 @@ from scipy import stats
 
 from llmkit.metrics.bootstrap import Bootstrap
 from llmkit.metrics.calibration import ECE
-from llmkit.metrics.classification import F1
+from llmkit.metrics.classification import F1, ROC_AUC
 from llmkit.metrics.statistic import Predictions, Statistic, Sums, Weighted, mean_of, ratio_of
 
 LABELS = ("a", "b", "c", "d")
@@ -46,7 +46,16 @@ def of_macro_f1(count: int, random: np.random.Generator) -> Simulated:
     return F1(Predictions(fields, np.arange(count), LABELS)), truth
 
 
-SIMULATIONS = {"mean": of_mean, "ratio": of_ratio, "accuracy": of_accuracy, "f1": of_macro_f1}
+def of_roc_auc(count: int, random: np.random.Generator) -> Simulated:
+    """One example in seven is positive."""
+    actual = (random.random(count) < 1 / 7).astype(int)
+    scores = random.normal(0, 1, count) + 1.2 * actual
+    said = np.stack([-np.logaddexp(0, scores), -np.logaddexp(0, -scores)], axis=1)
+    predictions = Predictions({"actual": actual, "log_probabilities": said}, np.arange(count), LABELS[:2])
+    return ROC_AUC(predictions), float(stats.norm.cdf(1.2 / np.sqrt(2)))
+
+
+SIMULATIONS = {"mean": of_mean, "ratio": of_ratio, "accuracy": of_accuracy, "f1": of_macro_f1, "roc_auc": of_roc_auc}
 
 
 def coverage(
