@@ -11,8 +11,7 @@ import pytest
 from conftest import Cli
 
 from llmkit.run.log import read_metrics
-from llmkit.stages import training
-from llmkit.tasks.chat import ChatTask
+from llmkit.stages import finetune, training
 from llmkit.train.loop import Fit
 
 SETTINGS = (
@@ -33,7 +32,7 @@ def test_no_step_is_taken_again(
     words = [word for setting in SETTINGS for word in ("--set", setting)]
     command = ("finetune", "-m", tiny_llama, "-d", chat_rows, *words)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    place, name = (training, "save_model") if "written" in moment else (ChatTask, "evaluate")
+    place, name = (training, "save_model") if "written" in moment else (finetune, "evaluate")
     real = getattr(place, name)
 
     def stopped(*given: Any, **more: Any) -> Any:
