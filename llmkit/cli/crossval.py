@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.markup import escape
 
 from llmkit.cli.console import make_table, standard_output
 from llmkit.cli.output import errors_shown, print_json
@@ -192,6 +193,8 @@ class SeveralRuns:
 
 def show_folds(console: Console, found: dict[str, Any]) -> None:
     """Each fold's scores, then mean, spread and interval; below it how the model differs from the others."""
+    from llmkit.report.folds import lacking, without_interval
+
     scores = found["scores"]["model"]
     columns = ("metric", *(f"fold {run['fold']}" for run in found["runs"]), "mean", "std", "95 % of the mean")
     rows = [[metric, *map(_number, each["values"]), *_summary(each)] for metric, each in scores.items()]
@@ -199,10 +202,14 @@ def show_folds(console: Console, found: dict[str, Any]) -> None:
     console.print()
     console.print(make_table(f"{found['name']}: {found['folds']} folds of {examples} examples", columns, rows))
     _show_left_out(console, found, scores)
+    for (metric, why), folds in lacking(found).items():
+        console.print(f"[dim]{escape(metric)}: fold {', '.join(map(str, folds))}: {escape(why)}[/]")
     for who, differences in found.get("differences", {}).items():
         rows = [[metric, *_summary(each, sign=True)] for metric, each in differences.items()]
         console.print()
         console.print(make_table(f"model - {who}", ("metric", "mean", "std", "95 % of the mean"), rows))
+    for why, metrics in without_interval(found).items():
+        console.print(f"[dim]{escape(', '.join(metrics))}: no interval, because {escape(why)}[/]")
 
 
 def show_curve(console: Console, found: dict[str, Any]) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 from llmkit.data.personal.masking import without_secrets
@@ -18,7 +17,7 @@ from llmkit.report.record import TRAINING_STAGES, Record, read_record, reading
 from llmkit.report.render import render
 from llmkit.report.surroundings import surroundings_section
 from llmkit.report.verdict import NONE, Change, Verdict, headline_metric, judged, together, worded
-from llmkit.report.words import DASH, duration, interval, number, plural, signed, title_of
+from llmkit.report.words import DASH, duration, interval, listed, number, plural, signed, title_of
 
 CROSSVAL = "crossval.json"  # in a folder of folds
 _ROUGH = (
@@ -33,9 +32,7 @@ def folds_html(folder: Path) -> str:
     with reading(folder / CROSSVAL):
         runs = [run for run in found["runs"] if (folder / str(run["run"]) / "run.json").is_file()]
         records = [read_record(folder / str(run["run"])) for run in runs]
-        metric = headline_metric(records[0]) if records else None
-        if metric in (found.get("left_out") or {}).get("metrics", ()):
-            metric = None
+        metric = _headline_metric(found, records)
         verdict = _verdict(found, metric, records)
         sections = [_scores(found, runs, metric, verdict), _curves(records), _folds(found, runs)]
         sections += [surroundings_section(records[0]), _again(found, records[0])] if records else []
@@ -50,6 +47,38 @@ def folds_html(folder: Path) -> str:
             figures=_figures(found, runs, metric),
             sections=[section for section in sections if section.blocks],
         )
+
+
+def lacking(found: Mapping[str, Any]) -> dict[tuple[str, str], list[int]]:
+    """The folds that have no score, by metric and reason."""
+    folds: dict[tuple[str, str], list[int]] = {}
+    for who, metrics in (found.get("scores") or {}).items():
+        for metric, run in ((metric, run) for metric in metrics for run in found["runs"]):
+            if metric not in (run["scores"].get(who) or {}):
+                why = ((run.get("reasons") or {}).get(who) or {}).get(metric) or "it was not scored there"
+                numbers = folds.setdefault((metric, str(why)), [])
+                numbers += [] if run["fold"] in numbers else [run["fold"]]
+    return folds
+
+
+def without_interval(found: Mapping[str, Any]) -> dict[str, list[str]]:
+    """The metrics whose mean, or difference of means, has no interval although several folds have one, by reason."""
+    metrics: dict[str, list[str]] = {}
+    for part in ("differences", "scores"):
+        for metric, each in ((m, each) for by in (found.get(part) or {}).values() for m, each in by.items()):
+            if why := each.get("why"):
+                names = metrics.setdefault(str(why), [])
+                names += [] if metric in names else [metric]
+    return metrics
+
+
+def _headline_metric(found: Mapping[str, Any], records: Sequence[Record]) -> str | None:
+    """The metric that speaks for the task, of those that some fold has and all can be compared by."""
+    if not records:
+        return None
+    means = {metric: each["mean"] for metric, each in ((found.get("scores") or {}).get("model") or {}).items()}
+    metric = headline_metric(records[0], means or None)
+    return None if metric in (found.get("left_out") or {}).get("metrics", ()) else metric
 
 
 def _sentence(found: Mapping[str, Any], runs: Sequence[Mapping[str, Any]], records: Sequence[Record]) -> str:
@@ -75,13 +104,12 @@ def _states(folder: Path, found: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _changes(found: Mapping[str, Any], who: str) -> list[Change]:
-    """How the mean of each metric differs from another model's, over the folds that have it of both."""
+    """How the mean of each metric differs from another model's."""
     scores, changes = found["scores"], []
     for metric, each in (found.get("differences") or {}).get(who, {}).items():
         low, high = each.get("interval") or (None, None)
-        pairs = zip(scores[who][metric]["values"], scores["model"][metric]["values"], strict=True)
-        both = [pair for pair in pairs if None not in pair]
-        ends = fmean(theirs for theirs, _ in both), fmean(mine for _, mine in both)
+        means = each.get("means") or {one: scores[one][metric]["mean"] for one in (who, "model")}
+        ends = means[who], means["model"]
         changes.append(Change(metric, who, *ends, low, high, None, judged(metric, each["mean"], low, high)))
     return changes
 
@@ -90,18 +118,24 @@ def _verdict(found: Mapping[str, Any], metric: str | None, records: Sequence[Rec
     mine = ((found.get("scores") or {}).get("model") or {}).get(metric)
     if metric is None or not mine:
         return None
-    name, over = f"mean {title_of(metric)}", plural(int(found["done"]), "fold")
-    each = []
+    name, each = f"mean {title_of(metric)}", []
     for who in found.get("differences") or {}:
         changes, against = _changes(found, who), spoken(records[0], who)
         head = next((change for change in changes if change.metric == metric), None)
         if head is not None:
+            over = plural(_count(found["differences"][who][metric]), "fold")
             each.append((against, worded(head, changes, name, against, over)))
     if each:
         return together(each)
     bounds = interval(mine["interval"])
+    over = plural(_count(mine), "fold")
     sentence = f"The {name} over {over} is {number(mine['mean'])}" + (f" (95 % interval {bounds})" if bounds else "")
     return Verdict(NONE, "Scored", f"{sentence}; it was held against no other model.")
+
+
+def _count(each: Mapping[str, Any]) -> int:
+    """How many folds have a value."""
+    return sum(value is not None for value in each["values"])
 
 
 def _figures(found: Mapping[str, Any], runs: Sequence[Mapping[str, Any]], metric: str | None) -> list[Figure]:
@@ -143,17 +177,32 @@ def _scores(
         blocks.append(Charts([_chart(found, runs, metric, [*others, "model"])]))
     names = [f"fold {run['fold']}" for run in runs]
     for who in ("model", *others):
-        rows = [
-            [
-                title_of(one),
-                *map(number, (*each["values"], each["mean"], each["std"])),
-                interval(each["interval"]) or DASH,
-            ]
-            for one, each in scores[who].items()
-        ]
+        rows = []
+        for one, each in scores[who].items():
+            values = [(run["scores"].get(who) or {}).get(one) for run in runs]
+            cells = map(number, (*values, each["mean"], each["std"]))
+            rows.append([title_of(one), *cells, interval(each["interval"]) or DASH])
         titles = ("metric", *names, "mean", "standard deviation", "95 % of the mean")
         blocks.append(Table(f"Scores by fold, {name_of(who, others)}" if others else "Scores by fold", titles, rows))
-    return Section("scores", title, [*blocks, *not_compared(found), Prose(_ROUGH)])
+    return Section("scores", title, [*blocks, *_lacks(found), *not_compared(found), Prose(_ROUGH)])
+
+
+def _lacks(found: Mapping[str, Any]) -> list[Block]:
+    """Which folds have no score of some metric, and which means have no interval, and why."""
+    told = [
+        f"{title_of(metric)}: {listed([f'fold {fold}' for fold in folds])} {'has' if len(folds) == 1 else 'have'} none "
+        f"({why})."
+        for (metric, why), folds in lacking(found).items()
+    ]
+    if told:
+        told.append(
+            "Means are over the folds that have a score, and differences over those in which both models have one."
+        )
+    bare = [
+        f"{listed([title_of(metric) for metric in metrics])}: no interval, because {why}."
+        for why, metrics in without_interval(found).items()
+    ]
+    return [Prose(" ".join(some)) for some in (told, bare) if some]
 
 
 def _chart(found: Mapping[str, Any], runs: Sequence[Mapping[str, Any]], metric: str, who: Sequence[str]) -> Any:

@@ -110,9 +110,12 @@ def judged(metric: str, difference: float, low: float | None, high: float | None
     return BETTER if (difference < 0) == lower else WORSE
 
 
-def headline_metric(record: Record) -> str | None:
-    """The metric that speaks for the task; of a list that the recipe gives the first."""
-    scores = (record.results or {}).get("model") or {}
+def headline_metric(record: Record, scores: Mapping[str, Any] | None = None) -> str | None:
+    """The metric that speaks for the task; of a list that the recipe gives the first.
+
+    `scores` are those to choose among, where they are not the run's own.
+    """
+    scores = (record.results or {}).get("model") or {} if scores is None else scores
     wanted = (record.recipe.get("evaluate") or {}).get("metrics")
     asked = tuple(wanted) if isinstance(wanted, list) else ()
     for name in (*asked, *_FIRST.get(record.task, _FIRST_ELSE), *scores):

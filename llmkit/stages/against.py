@@ -29,6 +29,10 @@ _TAKEN = (
     "gaps",
     "untrained",
     "scored",
+    "benchmarks",
+    "reasons",
+    "by",
+    "value",
     *("example", "source", "length", "text", "prompt", "reference", "label"),  # in predictions.jsonl
 )
 
@@ -45,7 +49,7 @@ def others(recipe: Recipe) -> dict[str, str]:
     if len(uris) == 1:
         return found | {"other": uris[0]}
     for uri in uris:
-        found[_name(uri, {*found, *_TAKEN, "benchmarks", "reasons", "parent", "other"})] = uri
+        found[_name(uri, {*found, *_TAKEN, "parent", "other"})] = uri
     return found
 
 

@@ -108,7 +108,8 @@ class CrossValidation:
         found |= {"written": datetime.now(UTC).isoformat(timespec="seconds"), "runs": runs}
         if done > 1:
             scores = [run["scores"] for run in runs]
-            names = _incomparable(self.recipe, [self.run_of(n) for n in range(1, done + 1)], scores[0]["model"])
+            metrics = _union(fold["model"] for fold in scores)
+            names = _incomparable(self.recipe, [self.run_of(n) for n in range(1, done + 1)], metrics)
             found |= over_folds([{who: _without(own, names) for who, own in fold.items()} for fold in scores])
             found |= _left_out(names)
         write_json(self.folder / CROSSVAL, found)
@@ -156,7 +157,10 @@ def stages_setting(recipe: Recipe) -> str:
 
 
 def outcome(run: Path) -> dict[str, Any]:
-    """What a run's evaluation found: examples held out and learnt from, seconds of all stages, and scores by model."""
+    """What a run's evaluation found: examples held out and learnt from, seconds of all stages, and scores by model.
+
+    Beside the scores stand their intervals, and why others have none.
+    """
     record, results = read_json(run / "run.json"), read_json(run / "evaluate" / "results.json")
     stages = record["stages"]
     found: dict[str, Any] = {
@@ -165,9 +169,7 @@ def outcome(run: Path) -> dict[str, Any]:
         "seconds": round(sum(stage.get("seconds", 0.0) for stage in stages.values()), 2),
     }
     found["scores"] = {who: results[who] for who in models_of(results)}
-    found |= {"reasons": results["reasons"]} if results.get("reasons") else {}
-    intervals = results.get("intervals", {})
-    return found | ({"intervals": intervals} if intervals else {})
+    return found | {part: results[part] for part in ("intervals", "reasons") if results.get(part)}
 
 
 def models_of(results: Mapping[str, Any]) -> list[str]:
@@ -182,42 +184,68 @@ def models_of(results: Mapping[str, Any]) -> list[str]:
 
 
 def over_folds(scores: Sequence[Mapping[str, Mapping[str, float]]]) -> dict[str, Any]:
-    """By model and metric what the folds' scores are on the whole, and by other model how the trained one differs."""
-    found: dict[str, Any] = {who: _by_metric([fold.get(who, {}) for fold in scores]) for who in scores[0]}
-    differences = {}
-    for who in (name for name in scores[0] if name != "model"):
-        pairs = [(fold["model"], fold.get(who, {})) for fold in scores]
-        differences[who] = _by_metric([{m: a[m] - b[m] for m in a if m in b} for a, b in pairs], differences=True)
+    """By model and metric what the folds' scores are on the whole, and by other model how the trained one differs.
+
+    `values` has an entry for each fold, None where it has no score. Differences are those of the folds in which both
+    models have one, and `means` are the means of both over these.
+    """
+    names = _union(scores)
+    found: dict[str, Any] = {who: _by_metric([fold.get(who, {}) for fold in scores]) for who in names}
+    pairs = {who: [(fold.get("model", {}), fold.get(who, {})) for fold in scores] for who in names if who != "model"}
+    differences = {who: _differences(who, each) for who, each in pairs.items()}
     return {"scores": found} | ({"differences": differences} if differences else {})
 
 
-def _by_metric(folds: Sequence[Mapping[str, float]], *, differences: bool = False) -> dict[str, Any]:
+def _by_metric(folds: Sequence[Mapping[str, float]]) -> dict[str, Any]:
+    return {metric: spread([fold.get(metric) for fold in folds], _range(metric)) for metric in _union(folds)}
+
+
+def _differences(who: str, pairs: Sequence[tuple[Mapping[str, float], Mapping[str, float]]]) -> dict[str, Any]:
+    """Of each metric the paired differences between the trained model and another, fold by fold."""
     found = {}
-    for metric in dict.fromkeys(name for fold in folds for name in fold):
-        low, high = RANGES.get(metric.removeprefix("general_"), _UNBOUNDED)
-        bounds = (low - high, high - low) if differences else (low, high)
-        found[metric] = spread([fold.get(metric) for fold in folds], bounds)
+    for metric in _union(ours for ours, _ in pairs):
+        both = [(a[metric], b[metric]) if metric in a and metric in b else None for a, b in pairs]
+        if not any(both):
+            continue
+        low, high = _range(metric)
+        values = [pair and pair[0] - pair[1] for pair in both]
+        ours, theirs = np.mean([pair for pair in both if pair], axis=0).tolist()
+        found[metric] = spread(values, (low - high, high - low), differences=True)
+        found[metric]["means"] = {"model": ours, who: theirs}
     return found
 
 
-def spread(values: Sequence[float | None], bounds: tuple[float, float] = _UNBOUNDED) -> dict[str, Any]:
+def _union(names: Iterable[Iterable[str]]) -> list[str]:
+    """All names, in the order in which they come."""
+    return list(dict.fromkeys(name for some in names for name in some))
+
+
+def _range(metric: str) -> tuple[float, float]:
+    return RANGES.get(metric.removeprefix("general_"), _UNBOUNDED)
+
+
+def spread(
+    values: Sequence[float | None], bounds: tuple[float, float] = _UNBOUNDED, *, differences: bool = False
+) -> dict[str, Any]:
     """The mean, the standard deviation (of a sample), and the 95 % interval of the mean by Student's t distribution.
 
-    Folds without a value, None, do not count. One value has neither, and values that are all the same have no interval. The
-    interval ends where the possible values do.
+    One value has neither, and None is none. Values that are all alike have no interval, and `why`: so few cannot tell how
+    far others would be; only `differences` that are all zero are models that say the same. The interval ends where the
+    possible values do.
     """
     from scipy.stats import t
 
-    there = [value for value in values if value is not None]
-    count, mean = len(there), float(np.mean(there))
+    known = [value for value in values if value is not None]
+    count, mean = len(known), float(np.mean(known))
     found: dict[str, Any] = {"values": list(values), "mean": mean, "std": None, "interval": None}
-    if count > 1:
-        std = float(np.std(there, ddof=1))
-        if std <= 1e-12 * abs(mean):
-            return found | {"std": std, "why": "all folds have the same value, so they tell nothing of its spread"}
-        reach = float(t.ppf(0.975, count - 1)) * std / count**0.5
-        found |= {"std": std, "interval": [max(mean - reach, bounds[0]), min(mean + reach, bounds[1])]}
-    return found
+    if count < 2:
+        return found
+    std = float(np.std(known, ddof=1))
+    if math.isclose(min(known), max(known), rel_tol=1e-9) and not (differences and not any(known)):
+        why = "all folds differ by the same amount" if differences else "all folds have the same score"
+        return found | {"std": 0.0, "why": f"{why}, which does not tell how far others would be"}
+    reach = float(t.ppf(0.975, count - 1)) * std / count**0.5
+    return found | {"std": std, "interval": [max(mean - reach, bounds[0]), min(mean + reach, bounds[1])]}
 
 
 def shares_of(text: str) -> tuple[str, ...]:

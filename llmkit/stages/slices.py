@@ -62,14 +62,16 @@ def _values(recipe: Recipe, data: DataSet, name: str) -> list[str]:
 
 
 def _as_slices(found: list[Any]) -> list[str]:
-    """Values of a column as names of slices."""
-    found = [None if isinstance(value, float) and math.isnan(value) else value for value in found]
-    there = [value for value in found if value is not None]
-    numbers = [value for value in there if isinstance(value, int | float) and not isinstance(value, bool)]
-    if len(set(numbers)) > SLICES and len(numbers) == len(there):
-        binned = iter(_binned(numbers, ""))
-        return [_NONE if value is None else next(binned) for value in found]
-    texts = [_NONE if value is None else str(value) for value in found]
+    """Values of a column as names of slices; nothing and NaN are the same."""
+    values: list[Any] = [None if isinstance(value, float) and math.isnan(value) else value for value in found]
+    texts = [_NONE if value is None else str(value) for value in values]
+    known = [value for value in values if value is not None]
+    if all(isinstance(value, int | float) and not isinstance(value, bool) for value in known):
+        finite = [place for place, value in enumerate(values) if value is not None and math.isfinite(value)]
+        if len({values[place] for place in finite}) > SLICES:
+            for place, text in zip(finite, _binned([values[place] for place in finite], ""), strict=True):
+                texts[place] = text
+            return texts
     often = {value for value, _ in Counter(texts).most_common(SLICES)}
     return [text if text in often else _REST for text in texts]
 

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from pages import Element, read_page
+from rich.console import Console
 from run_directories import RESULTS, make_run
 
+from llmkit.cli.crossval import show_folds
 from llmkit.errors import ArtifactError, UsageError
 from llmkit.report.page import write_report
 from llmkit.stages.crossval import over_folds
@@ -128,3 +132,53 @@ def test_metrics_that_stay_the_same_are_called_so_in_the_table_too(tmp_path: Pat
     assert "1 stayed the same" in scores
     assert "recall 0.8900 0.8900 0.0000 0.0000 to 0.0000 the same" in scores
     assert "not clear" not in scores
+
+
+def folds_that_lack(folder: Path) -> dict[str, Any]:
+    """Three folds, the first of which has no ROC-AUC of the model."""
+    found = json.loads((make_folds(folder) / "crossval.json").read_text())
+    for run, mine, theirs in zip(found["runs"], (None, 0.5, 0.75), (0.9, 0.25, 0.2), strict=True):
+        run["scores"]["model"] |= {} if mine is None else {"roc_auc": mine}
+        run["scores"]["parent"]["roc_auc"] = theirs
+    found["runs"][0]["reasons"] = {"model": {"roc_auc": "one label alone"}}
+    found |= over_folds([run["scores"] for run in found["runs"]])
+    (folder / "crossval.json").write_text(json.dumps(found))
+    return dict(found)
+
+
+def test_a_score_that_a_fold_lacks_has_a_gap_and_a_reason(tmp_path: Path) -> None:
+    folds_that_lack(tmp_path)
+    scores = page_at(tmp_path).by_id("scores").text
+    assert "ROC-AUC \u2013 0.5000 0.7500 0.6250 0.1768" in scores
+    assert "ROC-AUC: fold 1 has none (one label alone)." in scores
+    assert "ROC-AUC 0.2250 0.6250 +0.4000" in scores, "over the folds that both have"
+
+
+def test_a_metric_that_speaks_may_be_absent_from_the_first_fold(tmp_path: Path) -> None:
+    folds_that_lack(tmp_path)
+    for fold in (1, 2, 3):
+        recipe = yaml.safe_load((tmp_path / f"fold-{fold}" / "recipe.yaml").read_text())
+        recipe["evaluate"] = {"metrics": ["roc_auc"]}
+        (tmp_path / f"fold-{fold}" / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    text = page_at(tmp_path).text
+    assert "The mean ROC-AUC went from 0.2250 to 0.6250" in text
+    assert "so 2 folds cannot tell" in text
+
+
+def test_folds_that_differ_by_the_same_amount_prove_nothing(tmp_path: Path) -> None:
+    found = json.loads((make_folds(tmp_path) / "crossval.json").read_text())
+    for run in found["runs"]:
+        run["scores"]["model"]["accuracy"] = 0.9
+    found |= over_folds([run["scores"] for run in found["runs"]])
+    (tmp_path / "crossval.json").write_text(json.dumps(found))
+    text = page_at(tmp_path).text
+    assert "Yes, it got better" not in text
+    assert "accuracy: no interval, because all folds differ by the same amount" in text
+
+
+def test_the_terminal_says_which_fold_lacks_a_score(tmp_path: Path) -> None:
+    console = Console(width=200, record=True, file=StringIO())
+    show_folds(console, folds_that_lack(tmp_path))
+    lines = [line.split() for line in console.export_text().splitlines() if "roc_auc" in line]
+    assert lines[0][1:4] == ["0.5000", "0.7500", "0.6250"]
+    assert "roc_auc: fold 1: one label alone" in [" ".join(line) for line in lines]

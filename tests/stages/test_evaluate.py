@@ -11,7 +11,8 @@ import pytest
 from evaluating import Bench, batches, bench, chats, other_llama, own_cache  # noqa: F401
 
 from llmkit.files import cache_folder
-from llmkit.stages import scoring
+from llmkit.recipe.load import Override, load_recipe
+from llmkit.stages import against, scoring
 from llmkit.tasks.causal_objective import CausalObjective
 
 
@@ -151,6 +152,20 @@ def test_models_are_held_against_each_other(bench: Bench, tiny_llama: Path, othe
     assert "difference" in done.out
     line = bench.predictions()[0]
     assert line["other-llama"] == line["model"] != line[tiny_llama.parent.name]
+
+
+def test_no_model_is_called_as_what_stands_beside_it(bench: Bench, tiny_llama: Path, chats: Path) -> None:
+    slices = ("--set", "evaluate.slices=[length]", "--set", "evaluate.generate=4")
+    bench(tiny_llama, "--data", chats, *slices)
+    results, line = bench.results, bench.predictions()[0]
+    taken = {*results, *line, *results["slices"][0], *results["samples"][0], "text"}
+    assert taken <= set(against._TAKEN)
+    uris = ["elsewhere/model", *sorted(taken)]
+    settings = {"name": "r", "task": "chat", "model": "m", "data.train": "rows.jsonl", "evaluate.against": uris}
+    recipe = load_recipe(None, [Override(key, value, key) for key, value in settings.items()])
+    names = against.others(recipe)
+    assert len(names) == len(uris)
+    assert not taken & set(names)
 
 
 def test_one_other_model_is_called_other(bench: Bench, tiny_llama: Path, other_llama: Path, chats: Path) -> None:

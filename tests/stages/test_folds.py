@@ -19,6 +19,7 @@ from llmkit.stages.crossval import (
     CrossValidation,
     LearningCurve,
     models_of,
+    outcome,
     over_folds,
     shares_of,
     spread,
@@ -52,8 +53,7 @@ def test_one_value_has_no_spread() -> None:
 def test_the_interval_holds_the_mean(values: list[float]) -> None:
     found = spread(values)
     if found["interval"] is None:
-        assert len(set(values)) == 1 or found["std"] <= 1e-12 * abs(found["mean"])
-        assert "tell nothing of its spread" in found["why"]
+        assert math.isclose(min(values), max(values))
         return
     low, high = found["interval"]
     assert low <= found["mean"] <= high
@@ -103,13 +103,47 @@ def test_differences_are_taken_fold_by_fold() -> None:
     ]
     found = over_folds(folds)
     assert found["scores"]["model"]["loss"]["mean"] == 3.0
-    assert found["scores"]["model"]["f1"]["values"] == [0.5, 0.7, None], "each stands with its fold"
-    assert found["scores"]["model"]["f1"]["mean"] == pytest.approx(0.6)
+    assert found["scores"]["model"]["f1"]["values"] == [0.5, 0.7, None]
+    assert found["differences"]["parent"]["loss"]["values"] == [-1.0, -1.5, -1.0]
     late = over_folds([{"model": {"loss": 1.0}}, {"model": {"loss": 2.0, "roc_auc": 0.8}}])
     assert late["scores"]["model"]["roc_auc"]["values"] == [None, 0.8]
-    assert found["differences"]["parent"]["loss"]["values"] == [-1.0, -1.5, -1.0]
     assert set(found["differences"]["parent"]) == {"loss"}
     assert "differences" not in over_folds([{"model": {"loss": 1.0}}, {"model": {"loss": 2.0}}])
+
+
+def test_a_score_that_a_fold_lacks_stands_beside_its_fold() -> None:
+    folds = [
+        {"model": {"loss": 1.0}, "parent": {"loss": 2.0, "auc": 0.9}},
+        {"model": {"loss": 3.0, "auc": 0.5}, "parent": {"loss": 4.5, "auc": 0.25}},
+        {"model": {"loss": 5.0, "auc": 0.75}, "parent": {"loss": 6.0, "auc": 0.25}},
+    ]
+    found = over_folds(folds)
+    assert found["scores"]["model"]["auc"]["values"] == [None, 0.5, 0.75]
+    assert found["scores"]["model"]["auc"]["mean"] == 0.625
+    assert found["scores"]["parent"]["auc"]["values"] == [0.9, 0.25, 0.25]
+    difference = found["differences"]["parent"]["auc"]
+    assert difference["values"] == [None, 0.25, 0.5]
+    assert difference["mean"] == 0.375
+    assert difference["means"] == {"model": 0.625, "parent": 0.25}, "over the folds that both have"
+
+
+def test_values_that_are_all_alike_have_no_interval() -> None:
+    apart = spread([0.9 - 0.4, 0.8 - 0.3, 0.7 - 0.2], differences=True)
+    assert apart["interval"] is None
+    assert apart["std"] == 0.0
+    assert "all folds differ by the same amount" in apart["why"]
+    assert spread([0.0, 0.0, 0.0], differences=True)["interval"] == [0.0, 0.0], "the models say the same"
+    assert spread([1.0, 1.0, 1.0])["interval"] is None
+    assert "why" not in spread([0.5, None, None])
+
+
+def test_why_a_fold_has_no_score_is_kept(tmp_path: Path) -> None:
+    results = {"model": {"loss": 1.0}, "examples": 3, "reasons": {"model": {"roc_auc": "one label alone"}}}
+    stages = {"preprocess": {"metrics": {"train_examples": 9}}}
+    (tmp_path / "evaluate").mkdir()
+    (tmp_path / "run.json").write_text(json.dumps({"stages": stages}))
+    (tmp_path / "evaluate" / "results.json").write_text(json.dumps(results))
+    assert outcome(tmp_path)["reasons"] == results["reasons"]
 
 
 def test_models_are_found_among_results() -> None:
