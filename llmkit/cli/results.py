@@ -105,7 +105,8 @@ def _show_slices(console: Console, results: dict[str, Any], others: list[str]) -
         return
     rows = []
     for part in slices:
-        row = [escape(part["by"]), escape(part["value"]), f"{part['examples']:,}"]
+        count = part.get("scored", {}).get(metric, part["examples"])
+        row = [escape(part["by"]), escape(part["value"]), f"{count:,}"]
         for who in ("model", *others):
             value, interval = part[who].get(metric), part["intervals"].get(who, {}).get(metric)
             row.append("" if value is None else _with_interval(value, interval))

@@ -11,7 +11,7 @@ from llmkit.report.blocks import Block, Charts, Matrix, Prose, Section, Table
 from llmkit.report.chart import Chart
 from llmkit.report.names import legend, name_of
 from llmkit.report.record import Record
-from llmkit.report.verdict import changes, headline_metric, verdict
+from llmkit.report.verdict import changes, examples_of, headline_metric, verdict
 from llmkit.report.words import DASH, interval, listed, number, p_value, plural, signed, title_of
 
 _MOST_LABELS = 30  # of a confusion matrix
@@ -108,7 +108,7 @@ def _data_sets(record: Record, results: Mapping[str, Any]) -> list[Block]:
                 )
                 for one in who
             ]
-            rows.append([name, f"{int(found.get('examples') or 0):,}", *cells])
+            rows.append([name, f"{examples_of(found, metric):,}", *cells])
         columns = ("data", "examples", *(f"{title_of(metric)}, {name_of(one, who)}" for one in who))
         blocks.append(Table("Scores by data set", columns, rows))
     gaps = results.get("gaps") or []
@@ -185,9 +185,7 @@ def _slice_table(by: str, metric: str, entries: Sequence[Mapping[str, Any]], who
     for entry, lack in zip(entries, lacks, strict=True):
         ranges = _ranges(entry, metric, who)
         cells = [_with(number(ranges[one][0]), interval(ranges[one][1])) if one in ranges else DASH for one in who]
-        rows.append(
-            [str(entry["value"]), f"{int(entry.get('examples') or 0):,}", *cells, *([lack] if any(lacks) else [])]
-        )
+        rows.append([str(entry["value"]), f"{examples_of(entry, metric):,}", *cells, *([lack] if any(lacks) else [])])
     columns = (by, "examples", *(f"{title_of(metric)}, {name_of(one, who)}" for one in who))
     if not any(lacks):
         return Table(f"{title_of(metric)} by {by}", columns, rows)

@@ -124,6 +124,11 @@ def headline_metric(record: Record, scores: Mapping[str, Any] | None = None) -> 
     return None
 
 
+def examples_of(found: Mapping[str, Any], metric: str) -> int:
+    """How many examples a metric of some results, of a slice or of a data set is made of."""
+    return int((found.get("scored") or {}).get(metric) or found.get("examples") or 0)
+
+
 def verdict(record: Record) -> Verdict | None:
     """None when nothing was scored; says of a head that nothing was learnt in that its scores are those of chance."""
     found, untrained = _verdict(record), (record.results or {}).get("untrained") or {}
@@ -142,7 +147,7 @@ def _verdict(record: Record) -> Verdict | None:
     results, metric = record.results, headline_metric(record)
     if results is None or metric is None:
         return None
-    examples = plural(int(results.get("examples") or 0), "held-out example")
+    examples = plural(examples_of(results, metric), "held-out example")
     name, score = title_of(metric), results["model"][metric]
     if not record.others:
         bounds = interval((results.get("intervals") or {}).get("model", {}).get(metric))

@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 from run_directories import RECIPE, RESULTS, make_run
 
+from llmkit.report.blocks import Table
 from llmkit.report.record import read_record
+from llmkit.report.scores import slice_section
 from llmkit.report.verdict import Verdict, lower_is_better, verdict
 
 
@@ -145,3 +147,18 @@ def test_a_head_that_learnt_nothing_is_named(tmp_path: Path) -> None:
     found = verdict(read_record(make_run(tmp_path, results=results)))
     assert found is not None
     assert found.more.startswith("Nothing was ever learnt in the head of the parent: its scores are those of chance.")
+
+
+def test_a_verdict_on_some_examples_says_of_how_many(tmp_path: Path) -> None:
+    results = copy.deepcopy(RESULTS)
+    for who in ("model", "parent"):
+        results[who]["rougeL"] = 0.5
+    results["scored"] = {"rougeL": 32}
+    results["slices"][0] |= {"model": {"rougeL": 0.4}, "parent": {"rougeL": 0.3}, "scored": {"rougeL": 7}}
+    recipe = RECIPE | {"evaluate": {"metrics": ["rougeL"]}}
+    record = read_record(make_run(tmp_path, results=results, recipe=recipe))
+    found = verdict(record)
+    assert found is not None
+    rows = [row for block in slice_section(record).blocks if isinstance(block, Table) for row in block.rows]
+    assert rows[0][1] == "7"
+    assert "over 32 held-out examples" in found.sentence
