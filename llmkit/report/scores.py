@@ -217,9 +217,7 @@ def error_section(record: Record) -> Section:
         blocks.append(Charts([figures.calibration("calibration", "Calibration", bins, after)]))
     if found.get("temperature"):
         fitted = f" Fitted on {found['fitted_on']}." if found.get("fitted_on") else ""
-        blocks.append(
-            Prose(f"With logits divided by {number(found['temperature'])} it is as sure as it is right.{fitted}")
-        )
+        blocks.append(Prose(f"Its logits divided by {number(found['temperature'])} have the least loss.{fitted}"))
     return Section("errors", "Errors by label", blocks)
 
 
