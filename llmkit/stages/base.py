@@ -19,6 +19,7 @@ from llmkit.model.freezing import FreezePlan, ThawRule, plan_freeze
 from llmkit.model.loading import LoadedModel, build_on_meta, load_config, load_model, load_tokenizer
 from llmkit.model.location import locate
 from llmkit.model.parts import Parts
+from llmkit.model.precision import choose_precision, slow_precision
 from llmkit.recipe.fields import Parts as PartKeys
 from llmkit.recipe.schema import Recipe
 from llmkit.recipe.training import Adapter
@@ -193,6 +194,16 @@ def model_content(recipe: Recipe, run: Run, stage: str) -> str:
     for earlier in upstream_models(recipe, stage):
         return str(run.stage(earlier)["content"])
     return weights_digest(model_before(recipe, run, stage))
+
+
+def precision_for(run: Run, stage: str, wanted: str, device: Any) -> str:
+    """What a stage computes in: said where it was chosen, and warned of where it is slow. Raises ResourceError."""
+    precision, why = choose_precision(wanted, device)
+    if why:
+        run.guess(f"{stage}.precision", precision, why)
+    if slow := slow_precision(precision, device):
+        run.reporter.warn(f"{stage}: {slow}")
+    return precision
 
 
 def training_record(model: Path) -> dict[str, Any]:

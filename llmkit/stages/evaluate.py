@@ -19,7 +19,7 @@ from llmkit.metrics.statistic import Predictions
 from llmkit.model.folder import weights_digest
 from llmkit.model.loading import build_on_meta, load_config
 from llmkit.model.location import locate
-from llmkit.model.precision import choose_precision, default_device, slow_precision
+from llmkit.model.precision import default_device
 from llmkit.recipe.schema import Recipe, result_keys
 from llmkit.run.directory import Artifact, Run
 from llmkit.stages.against import others, refuse_no_text, refuse_other_kinds
@@ -27,6 +27,7 @@ from llmkit.stages.base import (
     corpus_in,
     model_before,
     model_content,
+    precision_for,
     require_corpus,
     task_class,
     task_for,
@@ -204,11 +205,7 @@ def _data(recipe: Recipe, run: Run, *, read_only: bool = False) -> dict[str, Dat
     name = _corpus_name(run)
     corpus = require_corpus(run, name, "data.eval")
     task = _task(recipe, run, corpus)
-    precision, why = choose_precision(recipe.evaluate.precision, default_device())
-    if why:
-        run.guess("evaluate.precision", precision, why)
-    if slow := slow_precision(precision, default_device()):
-        run.reporter.warn(f"evaluate: {slow}")
+    precision = precision_for(run, "evaluate", recipe.evaluate.precision, default_device())
     scoring = scoring_for(recipe, len(corpus), precision)
     found = {HELD_OUT: DataSet(HELD_OUT, "the held-out data", task, corpus, np.arange(len(corpus)), scoring)}
     general = corpus_in(run, "general")

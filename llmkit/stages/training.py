@@ -18,14 +18,13 @@ from llmkit.model.context import Context
 from llmkit.model.folder import weights_digest
 from llmkit.model.groups import RateRule, Rates, parameter_groups
 from llmkit.model.objective import Objective
-from llmkit.model.precision import choose_precision, slow_precision
 from llmkit.model.sending import send_from_first
 from llmkit.optim import build_optimizer, build_schedule
 from llmkit.recipe.training import Training
 from llmkit.recipe.values import seconds_of
 from llmkit.run.directory import Artifact
 from llmkit.run.log import MetricsLog
-from llmkit.stages.base import parts_of, relative_files, within
+from llmkit.stages.base import parts_of, precision_for, relative_files, within
 from llmkit.stages.job import TrainingJob
 from llmkit.stages.parallel import choose_parallel, named, neighbours, share_of_memory, shared_rows
 from llmkit.stages.prefix import known_prefix
@@ -93,11 +92,7 @@ def train_and_save(job: TrainingJob) -> tuple[Artifact, Fit]:
 def make_fit(job: TrainingJob, accelerator: Any) -> Fit:
     """Everything that a training needs, ready for its first step."""
     run, training, device = job.run, job.training, accelerator.device
-    precision, why = choose_precision(training.precision, device)
-    if why:
-        run.guess(f"{job.stage}.precision", precision, why)
-    if slow := slow_precision(precision, device):
-        run.reporter.warn(f"{job.stage}: {slow}")
+    precision = precision_for(run, job.stage, training.precision, device)
     sizing, mesh = _sizing(job, precision, accelerator)
     if device.type == "cpu":
         keep_freed_memory(sizing.memory.total)
